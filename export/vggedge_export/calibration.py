@@ -1,0 +1,59 @@
+"""Ranges of activations over a calibration set: what INT8 scales are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from vggedge_export.graph import INPUT, Graph, make_node, value_info
+from vggedge_runtime.backends.ort import open_ort_session
+from vggedge_runtime.errors import ConversionError
+from vggedge_runtime.preprocess import Pixels
+
+Progress = Callable[[int, int, str], None]
+"""``progress(done, total, what)``."""
+
+
+def largest_magnitudes(
+    graph: Graph, tensors: Sequence[str], images: Pixels, *, batch: int, progress: Progress
+) -> dict[str, float]:
+    """Largest absolute value of every tensor over all images.
+
+    The maximum is taken inside the graph, so that nothing but one number a tensor leaves it, whatever the
+    image size; and a maximum does not depend on how the images fall into batches.
+
+    Args:
+        graph: FP32 graph; not changed.
+        tensors: names of float tensors in it.
+        images: uint8 (n, h, w, 3).
+        batch: images at a time; bounds memory only.
+        progress: told the number of images done.
+
+    Raises:
+        ConversionError: a tensor is not finite on some image, or zero on all.
+    """
+    probe = graph.copy()
+    probe.outputs = []
+    for tensor in tensors:
+        magnitude, largest = f"{tensor}/calibration_abs", f"{tensor}/calibration_max"
+        probe.nodes.append(make_node("Abs", [tensor], magnitude))
+        probe.nodes.append(make_node("ReduceMax", [magnitude], largest, keepdims=0))
+        probe.outputs.append(value_info(largest, np.float32, []))
+    probe.drop_unused()
+    session = open_ort_session(probe.to_bytes())
+    maxima = np.zeros(len(tensors))
+    for start in range(0, len(images), batch):
+        found = np.array(session.run(None, {INPUT: images[start : start + batch]}), dtype=np.float64)
+        if not np.isfinite(found).all():
+            bad = tensors[int(np.flatnonzero(~np.isfinite(found))[0])]
+            raise ConversionError(f"{bad}: not finite on a calibration image. The model itself is broken there.")
+        maxima = np.maximum(maxima, found)
+        progress(min(start + batch, len(images)), len(images), "calibrating")
+    dead = [tensor for tensor, value in zip(tensors, maxima, strict=True) if value == 0]
+    if dead:
+        raise ConversionError(
+            f"{', '.join(dead)}: zero on all {len(images)} calibration images, so no INT8 scale can be found. "
+            "Either the images are unlike the training images, or the layer died in training: check accuracy first."
+        )
+    return dict(zip(tensors, map(float, maxima), strict=True))

@@ -1,0 +1,127 @@
+"""Keras to ONNX. The only file that knows tf2onnx.
+
+The weights are made *arguments* of the traced function and joined to the graph afterwards. TensorFlow then
+never bakes them into a constant graph: tf2onnx.convert.from_keras needs more than 24 GB for the full VGG-16,
+this way stays under 4 GB, and every weight keeps the name of its Keras variable (``block1_conv1/kernel``).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vggedge_export.graph import INPUT, OUTPUT, Graph, graph_from_model, value_info
+from vggedge_runtime.dependencies import require
+from vggedge_runtime.errors import ConversionError, ModelError
+from vggedge_runtime.preprocess import Normalization
+
+if TYPE_CHECKING:
+    import keras
+
+_TF2ONNX_OPSET = 18  # the newest tf2onnx 1.17 writes; the first pass raises it
+
+
+def graph_from_keras(model: keras.Model, normalization: Normalization | None = None) -> Graph:
+    """Trace ``model`` for inference into a Graph: ``images`` uint8 (N, H, W, 3) in, ``probabilities`` out.
+
+    The graph is tf2onnx's own: weights on long paths, many transposes. The passes clean it.
+
+    Args:
+        model: takes float32 pixels from 0 to 255, or what ``normalization`` makes of them.
+        normalization: put into the head of the graph; None where the model normalises by itself.
+
+    Raises:
+        ModelError: both the model and ``normalization`` normalise, or the model has not one image input of fixed
+            size and one output of class scores.
+        ConversionError: tf2onnx failed; its own message is included.
+    """
+    check_exportable(model, normalization)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    tf = require("tensorflow", "train")
+    tf2onnx = require("tf2onnx", "export")
+    logging.getLogger("tf2onnx").setLevel(logging.ERROR)
+
+    trainable, fixed = list(model.trainable_variables), list(model.non_trainable_variables)
+    variables = {f"{variable.path}": variable for variable in trainable + fixed}
+    specs = [tf.TensorSpec([None, *model.inputs[0].shape[1:]], tf.uint8, name=INPUT)]
+    specs += [tf.TensorSpec(v.shape, v.dtype, name=name) for name, v in variables.items()]
+
+    def infer(images: Any, *weights: Any) -> Any:
+        split = len(trainable)
+        pixels = tf.cast(images, tf.float32)
+        if normalization is not None:
+            pixels = (pixels - np.array(normalization.mean, np.float32)) / np.array(normalization.std, np.float32)
+        outputs, _ = model.stateless_call(list(weights[:split]), list(weights[split:]), pixels, training=False)
+        return tf.identity(outputs, name=OUTPUT)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tf2onnx's own use of deprecated NumPy and TensorFlow names
+            traced = tf.function(infer, input_signature=specs)
+            proto, _ = tf2onnx.convert.from_function(traced, input_signature=specs, opset=_TF2ONNX_OPSET)
+    except Exception as error:  # tf2onnx raises whatever its handlers happen to raise
+        raise ConversionError(
+            f"tf2onnx could not convert {model.name!r}: {error}. Check that every layer is one that ONNX has."
+        ) from error
+    graph = graph_from_model(proto)
+    _join_weights(graph, variables)
+    graph.rename_tensor(graph.outputs[0].name, OUTPUT)
+    graph.inputs = [value_info(INPUT, np.uint8, ["N", *model.inputs[0].shape[1:]])]
+    graph.outputs = [value_info(OUTPUT, np.float32, ["N", model.outputs[0].shape[-1]])]
+    _name_by_layer(graph, [layer.name for layer in model.layers])
+    return graph
+
+
+def check_exportable(model: keras.Model, normalization: Normalization | None) -> None:
+    """Raise ModelError unless the model maps one RGB image of fixed size to class scores and normalises once."""
+    if len(model.inputs) != 1 or len(model.outputs) != 1:
+        raise ModelError(
+            f"{model.name}: {len(model.inputs)} inputs and {len(model.outputs)} outputs; export needs one image "
+            "input and one output of class scores. Wrap the part to be exported in a keras.Model of its own."
+        )
+    size, scores = tuple(model.inputs[0].shape), tuple(model.outputs[0].shape)
+    if len(size) != 4 or None in size[1:] or size[3] != 3:
+        raise ModelError(
+            f"{model.name}: its input is {size}; needed is (None, height, width, 3), channels last and of fixed "
+            "size. Rebuild the model with keras.Input((height, width, 3))."
+        )
+    inside = [layer.name for layer in model.layers[:3] if type(layer).__name__ in {"Rescaling", "Normalization"}]
+    if inside and normalization is not None:
+        raise ModelError(
+            f"{model.name}: its layer {inside[0]!r} normalises the image, and so would the image spec. "
+            "Remove `normalization` from the image spec; doing both gives wrong answers."
+        )
+    if len(scores) != 2 or not scores[1] or scores[1] < 2:
+        raise ModelError(
+            f"{model.name}: its output is {scores}; needed is (None, classes) with at least 2 classes. "
+            "End the model with a Dense layer of one unit a class and a softmax."
+        )
+
+
+def _join_weights(graph: Graph, variables: dict[str, Any]) -> None:
+    """Give every weight argument that the graph still reads its value, and remember whose it is."""
+    for value in graph.inputs:
+        if value.name != INPUT:
+            variable = variables[value.name]
+            graph.weights[value.name] = np.asarray(variable)
+            graph.layer_of[value.name] = variable.path.rpartition("/")[0]
+    graph.drop_unused()
+
+
+def _name_by_layer(graph: Graph, layers: list[str]) -> None:
+    """Name nodes after the layer in whose scope TensorFlow made them: ``block1_pool_1/MaxPool2d`` -> ``block1_pool``.
+
+    TensorFlow numbers a scope that it has seen before. Layers with weights are named from those instead
+    (passes/name_layers.py), so a guess here can only touch layers without any.
+    """
+    known = set(layers)
+    for node in graph.nodes:
+        scope, _, rest = node.name.partition("/")
+        layer = re.sub(r"_\d+$", "", scope)
+        if layer in known and rest:
+            node.name = f"{layer}/{rest}"

@@ -1,0 +1,112 @@
+"""ONNX to engine bytes, for TensorRT or TensorRT-RTX. Precision is in the graph; nothing is chosen here."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vggedge_export.graph import INPUT
+from vggedge_runtime.bundle import Bundle
+from vggedge_runtime.device import gpu_name
+from vggedge_runtime.engine_cache import EngineKey, EngineRecord, write_engine
+from vggedge_runtime.errors import EngineError, UsageError
+from vggedge_runtime.graphs import GRAPHS
+from vggedge_runtime.tensorrt_api import TensorRtApi, shared_logger, target_member
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Choices of one engine build.
+
+    Attributes:
+        batches: smallest, best and largest batch; three times 1 is the static batch of low latency.
+    """
+
+    batches: tuple[int, int, int] = (1, 1, 1)
+
+    def __post_init__(self) -> None:
+        smallest, best, largest = self.batches
+        if not 1 <= smallest <= best <= largest:
+            raise UsageError(f"batches are {self.batches}; needed is 1 <= smallest <= best <= largest.")
+
+
+def graphs_for(product: str, graphs: list[str]) -> list[str]:
+    """Those of ``graphs`` that are laid out for ``product``."""
+    return [name for name in graphs if product in GRAPHS[name].made_for]
+
+
+def check_buildable(api: TensorRtApi) -> None:
+    """Raise EngineError now, not after minutes, where the product needs a GPU to build and there is none."""
+    _devices(api)
+
+
+def build_engine(api: TensorRtApi, onnx_bytes: bytes, image: tuple[int, int, int], config: EngineConfig) -> bytes:
+    """Build one strongly typed engine.
+
+    Args:
+        api: the product that builds it.
+        onnx_bytes: a graph of the one contract (``images`` uint8 (N, h, w, 3)).
+        image: (height, width, 3).
+        config: batches.
+
+    Raises:
+        EngineError: the graph does not parse or does not build; with what TensorRT said.
+    """
+    trt: Any = api.module
+    logger = shared_logger(api)
+    logger.lines.clear()
+    builder = trt.Builder(logger)
+    # 10.x needs the flag, 11.x and RTX know nothing else.
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(onnx_bytes):
+        reasons = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
+        raise EngineError(f"{api.product} {api.version} does not parse the graph: {reasons}.")
+    settings = builder.create_builder_config()
+    settings.max_aux_streams = 0  # VGG is a chain; a second stream only adds synchronisation
+    profile = builder.create_optimization_profile()
+    profile.set_shape(INPUT, *((batch, *image) for batch in config.batches))
+    if settings.add_optimization_profile(profile) < 0:  # the index of the profile, -1 if it is invalid
+        raise EngineError(f"{api.product} {api.version} does not take the batches {config.batches}.")
+    _set_targets(api, settings)
+    plan = builder.build_serialized_network(network, settings)
+    if plan is None:
+        said = "; ".join(text for severity, text in logger.lines if severity in {"ERROR", "INTERNAL_ERROR"})
+        raise EngineError(f"{api.product} {api.version} does not build the graph: {said or 'it gave no reason'}.")
+    return bytes(plan)
+
+
+def build_into(bundle: Path, api: TensorRtApi, graph: str, config: EngineConfig) -> EngineRecord:
+    """Build the engine of one graph of the bundle at ``bundle`` and store it there."""
+    opened = Bundle.open(bundle)
+    source = opened.graph(graph).file
+    started = time.perf_counter()
+    data = opened.verified_path(source).read_bytes()
+    plan = build_engine(api, data, opened.manifest.image.shape, config)
+    key = EngineKey(
+        product=api.product,
+        version=api.version,
+        devices=_devices(api),
+        graph=graph,
+        graph_sha256=opened.manifest.files[source].sha256,
+        batches=config.batches,
+        options={},
+    )
+    return write_engine(bundle, key, plan, time.perf_counter() - started)
+
+
+def _set_targets(api: TensorRtApi, settings: Any) -> None:
+    """Name every target there is; without a GPU here the build cannot ask for "this one"."""
+    if not api.builds_without_gpu:
+        return
+    settings.num_compute_capabilities = len(api.targets)
+    for index, target in enumerate(api.targets):
+        if not settings.set_compute_capability(target_member(api, target), index):
+            raise EngineError(f"{api.product} {api.version} refuses the target {target}.")
+
+
+def _devices(api: TensorRtApi) -> tuple[str, ...]:
+    return api.targets if api.builds_without_gpu else (gpu_name(),)

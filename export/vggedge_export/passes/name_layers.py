@@ -1,0 +1,78 @@
+"""Name nodes, tensors and weights after their Keras layers: ``block3_conv2``, ``block3_conv2/relu``, ``fc1/kernel``.
+
+Reports, calibration, engines and profilers quote these names; an engineer finds their own layer in them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vggedge_export.graph import INPUT, OUTPUT, Graph
+
+if TYPE_CHECKING:
+    import onnx
+
+_WEIGHT_ROLES = {
+    "Conv": ("kernel", "bias"),
+    "Gemm": ("kernel", "bias"),
+    "MatMul": ("kernel",),
+    "BatchNormalization": ("scale", "shift", "mean", "variance"),
+}
+_HEAD_ROLES = {
+    "Cast": "cast",
+    "Transpose": "transpose",
+    "Mul": "scale",
+    "Div": "scale",
+    "Add": "offset",
+    "Sub": "offset",
+}
+
+
+def run(graph: Graph) -> int:
+    """Rename everything; returns the number of nodes that got a new name."""
+    names: dict[str, int] = {}
+    layer, changes = "head", 0
+    for node in graph.nodes:
+        owner = _owner(graph, node)
+        layer = owner or _layer_without_weights(node) or layer
+        wanted = layer if owner or node.op_type not in _ROLES_OF_FOLLOWERS else f"{layer}/{_role(node)}"
+        if layer == "head":
+            wanted = f"head/{_HEAD_ROLES.get(node.op_type, node.op_type.lower())}"
+        names[wanted] = names.get(wanted, 0) + 1
+        if names[wanted] > 1:  # a layer used twice, or two ops in one role
+            wanted = f"{wanted}_{names[wanted]}"
+        changes += node.name != wanted
+        _rename(graph, node, wanted)
+    return changes
+
+
+_ROLES_OF_FOLLOWERS = frozenset({"Relu", "Softmax", "Sigmoid", "Tanh", "Clip", "Identity", "Add", "Mul", "Sub", "Div"})
+
+
+def _role(node: onnx.NodeProto) -> str:
+    return str(node.op_type).lower()
+
+
+def _owner(graph: Graph, node: onnx.NodeProto) -> str | None:
+    """The layer whose weights the node reads."""
+    return next((graph.layer_of[name] for name in node.input if name in graph.layer_of), None)
+
+
+def _layer_without_weights(node: onnx.NodeProto) -> str | None:
+    """The layer in the node's scope, for ops that are layers by themselves (pooling, flatten, LRN)."""
+    if node.op_type in _ROLES_OF_FOLLOWERS or node.op_type in {"Cast", "Transpose"}:
+        return None
+    return str(node.name).partition("/")[0] or None
+
+
+def _rename(graph: Graph, node: onnx.NodeProto, name: str) -> None:
+    node.name = name
+    if not graph.is_output(node.output[0]):
+        graph.rename_tensor(node.output[0], name)
+    weights = [entry for entry in node.input if entry in graph.weights]
+    roles = _WEIGHT_ROLES.get(node.op_type, ("value",))
+    for index, old in enumerate(weights):
+        role = roles[index] if index < len(roles) else f"value{index}"
+        new = f"{name}/{role}"
+        if old not in (INPUT, OUTPUT) and new not in graph.weights and len(graph.consumers(old)) == 1:
+            graph.rename_tensor(old, new)

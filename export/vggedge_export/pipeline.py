@@ -1,0 +1,278 @@
+"""export(): Keras model in, bundle out; every step followed by its proof."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+import numpy as np
+
+from vggedge_export import engine as engines
+from vggedge_export.calibration import Progress, largest_magnitudes
+from vggedge_export.conversion import graph_from_keras
+from vggedge_export.engine import EngineConfig
+from vggedge_export.equalization import equalized_graph
+from vggedge_export.float16 import float16_graph, rounding_twin
+from vggedge_export.graph import Graph
+from vggedge_export.passes import PassRecord, apply_passes
+from vggedge_export.quantization import INT8, INT8_RTX, QuantizationRecipe, quantized_graph, quantized_layers
+from vggedge_export.verification import (
+    LabelledImages,
+    Scores,
+    batch_for,
+    check_parity,
+    compare_scores,
+    graph_scores,
+    keras_scores,
+)
+from vggedge_runtime import bundle as bundles
+from vggedge_runtime.bundle import Comparison, GoldenRecord, GraphRecord, Manifest, StepRecord
+from vggedge_runtime.device import tool_versions
+from vggedge_runtime.engine_cache import EngineRecord
+from vggedge_runtime.errors import DataError, ModelError, UsageError
+from vggedge_runtime.graphs import GRAPHS, PRECISIONS, graphs_of
+from vggedge_runtime.preprocess import ImageSpec
+from vggedge_runtime.statistics import Proportion
+from vggedge_runtime.tensorrt_api import TensorRtApi, load_tensorrt
+
+if TYPE_CHECKING:
+    import keras
+
+_GOLDEN_IMAGES = 4
+
+
+class ExportConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Choices of one export.
+
+    Attributes:
+        precisions: of fp32, fp16, int8; fp32 is always made, the others come from it.
+        engine: TensorRT product to build engines with: ``auto``, ``none``, ``tensorrt`` or ``tensorrt_rtx``.
+        batches: smallest, best and largest batch of the engines; the graphs take any batch.
+    """
+
+    precisions: tuple[str, ...] = PRECISIONS
+    engine: str = "auto"
+    batches: tuple[int, int, int] = (1, 1, 1)
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.precisions if name not in PRECISIONS]
+        if unknown or not self.precisions:
+            raise UsageError(f"precisions are {self.precisions}; known: {', '.join(PRECISIONS)}.")
+        EngineConfig(self.batches)
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Names of the graphs to make, fp32 first."""
+        return tuple(g for p in PRECISIONS if p == "fp32" or p in self.precisions for g in graphs_of(p))
+
+
+class ExportResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What export made.
+
+    Attributes:
+        bundle: the folder.
+        keras_accuracy: of the Keras model on the evaluation images.
+        manifest: the bundle's manifest, with the evidence of every graph.
+        engines: those built.
+        converted_op_counts: op counts before the passes.
+    """
+
+    bundle: str
+    keras_accuracy: Proportion
+    manifest: Manifest
+    engines: tuple[EngineRecord, ...]
+    converted_op_counts: dict[str, int]
+
+
+def export(
+    model: keras.Model,
+    path: Path,
+    *,
+    image: ImageSpec,
+    labels: tuple[str, ...],
+    calibration: LabelledImages,
+    evaluation: LabelledImages,
+    config: ExportConfig | None = None,
+    progress: Progress = lambda done, total, what: None,
+) -> ExportResult:
+    """Convert ``model`` to a bundle at ``path``, with proof.
+
+    Args:
+        model: one uint8-able RGB image input, one vector of class probabilities out.
+        path: folder to write; replaced as a whole if it is a bundle already, and only at the very end.
+        image: how images become the input; goes into the bundle.
+        labels: class names in the order of the output.
+        calibration: images that set the INT8 ranges.
+        evaluation: labelled images that the proof is made on; best ones that the model never saw.
+        config: precisions and engines; all of them by default.
+        progress: told what goes on.
+
+    Raises:
+        VggedgeError: any step that cannot be done; nothing is written then.
+    """
+    config = config or ExportConfig()
+    _check_inputs(model, image, labels, (calibration, evaluation))
+    bundles.check_replaceable(path)
+    api = None if config.engine == "none" else load_tensorrt(config.engine)
+    if api is not None:
+        engines.check_buildable(api)
+    reference = keras_scores(model, image.normalization, evaluation.images, progress)
+    graph, converted, passes = _convert(model, image, progress)
+    with bundles.write_bundle(path) as staging:
+        maker = _GraphMaker(staging, graph, calibration, evaluation, progress)
+        evidence = maker.make_all(config.graphs, reference)
+        manifest = Manifest(
+            format_version=bundles.FORMAT_VERSION,
+            name=model.name,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            parameters=model.count_params(),
+            image=image,
+            labels=labels,
+            graphs=evidence,
+            golden=maker.write_golden(),
+            passes=tuple(StepRecord(p.name, p.changes, p.nodes_before, p.nodes_after) for p in passes),
+            data={"calibration": _describe(calibration), "evaluation": _describe(evaluation)},
+            tools=tool_versions("vggedge", "keras", "tensorflow", "tf2onnx", "onnx", "onnxruntime", "numpy"),
+            files={},
+        )
+        (staging / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+        bundles.write_manifest(staging, manifest)
+        built = _build_engines(staging, api, config, progress)
+        manifest = bundles.Bundle.open(staging).manifest
+    accuracy = compare_scores(reference, reference, evaluation.targets, against="keras", obtained="measured").accuracy
+    return ExportResult(
+        bundle=str(path), keras_accuracy=accuracy, manifest=manifest, engines=built, converted_op_counts=converted
+    )
+
+
+@dataclass
+class _GraphMaker:
+    """Makes each graph, writes it, proves it, and keeps its answers to the golden images."""
+
+    folder: Path
+    graph: Graph
+    calibration: LabelledImages
+    evaluation: LabelledImages
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.golden = _golden_rows(self.evaluation.targets)
+        self.answers: dict[str, Scores] = {}
+
+    def make_all(self, names: tuple[str, ...], reference: Scores) -> dict[str, GraphRecord]:
+        """Make the graphs ``names``, fp32 first; ``reference`` is what Keras answers."""
+        recipes: dict[str, Callable[[], Graph]] = {
+            "fp32": lambda: self.graph,
+            "fp16": lambda: float16_graph(self.graph),
+            "int8": lambda: self._quantize(self.graph, self.graph, INT8),
+            "int8-rtx": self._make_int8_rtx,
+        }
+        (self.folder / "graphs").mkdir()
+        records: dict[str, GraphRecord] = {}
+        against = "keras"
+        for name in names:
+            scores, records[name] = self._make(name, recipes[name](), reference, against)
+            if name == "fp32":
+                check_parity(records[name].evidence)
+                reference, against = scores, "fp32"
+        return records
+
+    def write_golden(self) -> GoldenRecord:
+        """Write the golden images and every graph's answers to them."""
+        folder = self.folder / "golden"
+        folder.mkdir()
+        np.save(folder / "inputs.npy", self.evaluation.images[self.golden])
+        for name, scores in self.answers.items():
+            np.save(folder / f"outputs.{name}.npy", scores)
+        outputs = {name: f"golden/outputs.{name}.npy" for name in self.answers}
+        return GoldenRecord(inputs="golden/inputs.npy", outputs=outputs)
+
+    def _make(self, name: str, graph: Graph, reference: Scores, against: str) -> tuple[Scores, GraphRecord]:
+        file = f"graphs/model.{name}.onnx"
+        (self.folder / file).write_bytes(graph.to_bytes())
+        has_fp16 = any(array.dtype == np.float16 for array in graph.weights.values())
+        obtained: Literal["measured", "emulated"] = "emulated" if has_fp16 else "measured"
+        runnable = rounding_twin(graph).to_bytes() if has_fp16 else self.folder / file
+        scores = graph_scores(runnable, self.evaluation.images, name, self.progress)
+        self.answers[name] = scores[self.golden]
+        evidence: Comparison = compare_scores(
+            reference, scores, self.evaluation.targets, against=against, obtained=obtained
+        )
+        kind = GRAPHS[name]
+        record = GraphRecord(
+            file=file,
+            precision=kind.precision,
+            made_for=kind.made_for,
+            op_counts=graph.op_counts(),
+            evidence=evidence,
+        )
+        return scores, record
+
+    def _make_int8_rtx(self) -> Graph:
+        """Ranges come from the FP32 graph after equalisation, types from its FP16 cast."""
+        even = equalized_graph(self.graph)
+        return self._quantize(even, float16_graph(even), INT8_RTX)
+
+    def _quantize(self, source: Graph, typed: Graph, recipe: QuantizationRecipe) -> Graph:
+        tensors = [layer.input[0] for layer in quantized_layers(source, recipe)]
+        images = self.calibration.images
+        magnitudes = largest_magnitudes(source, tensors, images, batch=batch_for(images), progress=self.progress)
+        return quantized_graph(typed, recipe, magnitudes)
+
+
+def _convert(
+    model: keras.Model, image: ImageSpec, progress: Progress
+) -> tuple[Graph, dict[str, int], list[PassRecord]]:
+    """(clean graph, op counts before the passes, what the passes did)."""
+    progress(0, 1, "converting")
+    graph = graph_from_keras(model, image.normalization)
+    converted = graph.op_counts()
+    records = apply_passes(graph)
+    progress(1, 1, "converting")
+    return graph, converted, records
+
+
+def _build_engines(
+    folder: Path, api: TensorRtApi | None, config: ExportConfig, progress: Progress
+) -> tuple[EngineRecord, ...]:
+    if api is None:
+        return ()
+    wanted = engines.graphs_for(api.product, list(config.graphs))
+    records = []
+    for index, name in enumerate(wanted):
+        progress(index, len(wanted), f"building {api.product} engines")
+        records.append(engines.build_into(folder, api, name, EngineConfig(config.batches)))
+    progress(len(wanted), len(wanted), f"building {api.product} engines")
+    return tuple(records)
+
+
+def _golden_rows(targets: np.ndarray) -> list[int]:
+    """Rows of up to four images, of different classes as far as there are."""
+    _, first = np.unique(targets, return_index=True)
+    rows = [*sorted(first), *range(len(targets))]
+    return [int(row) for row in dict.fromkeys(rows)][:_GOLDEN_IMAGES]
+
+
+def _check_inputs(
+    model: keras.Model, image: ImageSpec, labels: tuple[str, ...], sets: tuple[LabelledImages, ...]
+) -> None:
+    size, classes = tuple(model.inputs[0].shape[1:]), model.outputs[0].shape[-1]
+    if size != image.shape:
+        raise ModelError(f"{model.name} takes images of {size}, the image spec says {image.shape}; make them agree.")
+    if len(labels) != classes:
+        raise ModelError(f"{model.name} has {classes} classes, and {len(labels)} labels came: {', '.join(labels)}.")
+    for data in sets:
+        if data.images.shape[1:] != image.shape:
+            raise DataError(f"{data.name}: images of {data.images.shape[1:]}, needed is {image.shape}.")
+        if int(data.targets.max()) >= classes:
+            raise DataError(
+                f"{data.name}: class number {int(data.targets.max())}, but the model has {classes} classes."
+            )
+
+
+def _describe(data: LabelledImages) -> str:
+    return f"{data.name}, {len(data.images)} images"

@@ -1,0 +1,128 @@
+"""INT8 as explicit Q/DQ nodes, placed as TensorRT fuses them.
+
+One Quantize-Dequantize pair on the input of every quantised convolution and dense layer, one Dequantize on
+its int8 weights, nothing else: nothing between a layer and its relu, nothing around pooling, flatten or
+softmax. TensorRT moves each pair up through relu and pooling, and these then run in INT8 by themselves.
+Source: NVIDIA, "Working with Quantized Types", explicit quantization; checked against built engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vggedge_export.graph import Graph, make_node, nodes_of
+
+if TYPE_CHECKING:
+    import onnx
+
+_STEPS = 127  # symmetric: -127..127, zero point 0, the only one that TensorRT takes on a GPU
+_SMALLEST_SCALE = float(np.finfo(np.float16).smallest_normal)  # below it an FP16 scale loses its digits
+
+
+@dataclass(frozen=True)
+class QuantizationRecipe:
+    """Where a graph's scales lie.
+
+    Attributes:
+        per_channel: one weight scale an output channel (TensorRT), or one a tensor (TensorRT-RTX, whose
+            kernels otherwise give their results back in FP32).
+        quantize_first: the first convolution, the most sensitive layer, too.
+        quantize_last: the layer that makes the logits too.
+    """
+
+    per_channel: bool
+    quantize_first: bool = True
+    quantize_last: bool = False
+
+
+INT8 = QuantizationRecipe(per_channel=True)
+INT8_RTX = QuantizationRecipe(per_channel=False)
+
+
+def quantized_layers(graph: Graph, recipe: QuantizationRecipe) -> list[onnx.NodeProto]:
+    """Nodes that ``recipe`` quantises, in order."""
+    layers = list(nodes_of(graph, "Conv", "Gemm"))
+    return layers[0 if recipe.quantize_first else 1 : None if recipe.quantize_last else -1]
+
+
+def exact_input_scale(graph: Graph) -> dict[str, float]:
+    """Scale of the first layer's input where the head maps pixels onto INT8 steps exactly, else nothing.
+
+    Rescaling(1/128, offset=-1) makes pixel p into (p - 128) / 128. At scale 1/128 that is the int8 value
+    p - 128, from -128 to 127: nothing is rounded and nothing is clipped.
+    """
+    first = next(nodes_of(graph, "Conv", "Gemm"))
+    offset = graph.producer(first.input[0])
+    scale = graph.producer(offset.input[0]) if offset is not None else None
+    if offset is None or scale is None or (scale.op_type, offset.op_type) != ("Mul", "Add"):
+        return {}
+    factors = [graph.weights.get(scale.input[1]), graph.weights.get(offset.input[1])]
+    is_exact = all(
+        array is not None and array.size == 1 and float(array.reshape(())) == value
+        for array, value in zip(factors, (1 / 128, -1.0), strict=True)
+    )
+    return {first.input[0]: 1 / 128} if is_exact else {}
+
+
+def quantized_graph(graph: Graph, recipe: QuantizationRecipe, magnitudes: Mapping[str, float]) -> Graph:
+    """Insert the Q/DQ nodes of ``recipe``.
+
+    Args:
+        graph: FP32 or FP16 graph with (out, in, ...) weights; not changed. Scales take the type of the
+            weights, so that what is dequantised has the type of its surroundings.
+        recipe: what to quantise.
+        magnitudes: largest absolute value of every quantised layer's input (calibration.py).
+    """
+    twin = graph.copy()
+    scales = {name: value / _STEPS for name, value in magnitudes.items()} | exact_input_scale(graph)
+    for layer in quantized_layers(twin, recipe):
+        data, kernel = layer.input[0], layer.input[1]
+        dtype = twin.weights[kernel].dtype
+        layer.input[0] = _quantize_activation(twin, layer, data, dtype.type(max(scales[data], _SMALLEST_SCALE)))
+        layer.input[1] = _quantize_weights(twin, layer, kernel, recipe.per_channel)
+    twin.drop_unused()
+    return twin
+
+
+def _quantize_activation(graph: Graph, layer: onnx.NodeProto, data: str, scale: np.floating) -> str:
+    """Put Q -> DQ between ``data`` and ``layer``; returns the dequantised tensor's name."""
+    names = {role: f"{layer.name}/input_{role}" for role in ("scale", "zero_point", "int8", "dequantized")}
+    graph.weights[names["scale"]] = np.array(scale)
+    graph.weights[names["zero_point"]] = np.array(0, np.int8)
+    parameters = [names["scale"], names["zero_point"]]
+    position = graph.index(layer)
+    graph.nodes[position:position] = [
+        make_node("QuantizeLinear", [data, *parameters], names["int8"]),
+        make_node("DequantizeLinear", [names["int8"], *parameters], names["dequantized"]),
+    ]
+    return names["dequantized"]
+
+
+def _quantize_weights(graph: Graph, layer: onnx.NodeProto, kernel: str, per_channel: bool) -> str:
+    """Replace ``kernel`` by int8 steps and a DQ; returns the dequantised tensor's name."""
+    steps, scale = int8_steps(graph.weights[kernel], per_channel)
+    names = {role: f"{kernel}_{role}" for role in ("int8", "scale", "zero_point", "dequantized")}
+    graph.weights[names["int8"]] = steps
+    graph.weights[names["scale"]] = scale
+    graph.weights[names["zero_point"]] = np.zeros(scale.shape, np.int8)
+    inputs = [names["int8"], names["scale"], names["zero_point"]]
+    graph.nodes.insert(graph.index(layer), make_node("DequantizeLinear", inputs, names["dequantized"], axis=0))
+    return names["dequantized"]
+
+
+def int8_steps(weights: NDArray[np.floating], per_channel: bool) -> tuple[NDArray[np.int8], NDArray[np.floating]]:
+    """Round ``weights`` (out, in, ...) to int8 steps: (steps, scale of shape () or (out,)).
+
+    The scale is rounded to the weights' own type first, and the steps are counted in the rounded one.
+    """
+    exact = weights.astype(np.float32)
+    largest = np.abs(exact.reshape(len(exact), -1)).max(axis=1) if per_channel else np.abs(exact).max()
+    scale = np.maximum(largest / _STEPS, _SMALLEST_SCALE).astype(weights.dtype)
+    divisor = scale.astype(np.float32).reshape(-1, *(1,) * (exact.ndim - 1)) if per_channel else np.float32(scale)
+    steps = np.clip(np.rint(exact / divisor), -_STEPS, _STEPS).astype(np.int8)
+    return steps, scale

@@ -1,0 +1,124 @@
+"""Proof of a conversion step: the same images through both sides, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vggedge_export.calibration import Progress
+from vggedge_export.graph import INPUT
+from vggedge_runtime.backends.ort import open_ort_session
+from vggedge_runtime.bundle import Comparison
+from vggedge_runtime.errors import ConversionError, DataError
+from vggedge_runtime.preprocess import Normalization, Pixels
+from vggedge_runtime.statistics import build_proportion
+
+if TYPE_CHECKING:
+    import keras
+
+Scores = NDArray[np.float32]
+"""float32 (n, classes), rows sum to 1."""
+
+PARITY_LIMIT = 1e-4
+"""Largest difference of a probability between Keras and its FP32 graph at which export goes on. Both compute
+in FP32 and differ in the order of sums only, about 1e-7; a wrong layout, head or constant gives above 1e-2."""
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images in memory with their classes.
+
+    Attributes:
+        name: how the user named them.
+        images: uint8 (n, height, width, 3).
+        targets: int64 (n,).
+    """
+
+    name: str
+    images: Pixels
+    targets: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if len(self.images) == 0 or len(self.images) != len(self.targets):
+            raise DataError(
+                f"{self.name}: {len(self.images)} images with {len(self.targets)} classes; needed is one class an "
+                "image and at least one image."
+            )
+
+
+def keras_scores(model: keras.Model, normalization: Normalization | None, images: Pixels, progress: Progress) -> Scores:
+    """What the Keras model answers, batch by batch, at inference; to normalised pixels if it needs them so."""
+
+    def run(batch: Pixels) -> Any:
+        pixels: NDArray[np.float32] = batch.astype(np.float32)
+        if normalization is not None:
+            mean, std = (np.array(part, np.float32) for part in (normalization.mean, normalization.std))
+            pixels = (pixels - mean) / std
+        return model(pixels, training=False)
+
+    return _in_batches(run, images, "asking Keras", progress)
+
+
+def graph_scores(graph: Path | bytes, images: Pixels, what: str, progress: Progress) -> Scores:
+    """What an ONNX graph answers in ONNX Runtime on the CPU."""
+    session = open_ort_session(graph)
+    return _in_batches(lambda batch: session.run(None, {INPUT: batch})[0], images, f"proving {what}", progress)
+
+
+def compare_scores(
+    reference: Scores,
+    candidate: Scores,
+    targets: NDArray[np.int64],
+    *,
+    against: str,
+    obtained: Literal["measured", "emulated"],
+) -> Comparison:
+    """Compare two sets of answers to the same images; all arrays have n rows.
+
+    Raises:
+        ConversionError: the candidate's answers are not finite.
+    """
+    if not np.isfinite(candidate).all():
+        rows = int((~np.isfinite(candidate)).any(axis=1).sum())
+        raise ConversionError(
+            f"{rows} of {len(candidate)} answers are NaN or infinite where {against} is finite: a layer leaves the "
+            "range of the type. Export without that precision (--precision)."
+        )
+    n = len(reference)
+    return Comparison(
+        against=against,
+        obtained=obtained,
+        images=n,
+        max_abs_difference=float(np.abs(reference - candidate).max()),
+        agreement=build_proportion(int((reference.argmax(1) == candidate.argmax(1)).sum()), n),
+        accuracy=build_proportion(int((candidate.argmax(1) == targets).sum()), n),
+    )
+
+
+def check_parity(comparison: Comparison) -> None:
+    """Raise ConversionError if the FP32 graph does not compute what Keras computes."""
+    if comparison.max_abs_difference > PARITY_LIMIT:
+        raise ConversionError(
+            f"the FP32 graph differs from Keras by {comparison.max_abs_difference:.3g} in a probability, on "
+            f"{comparison.images} images; allowed is {PARITY_LIMIT:g}. Nothing was written. This is a defect of the "
+            "conversion: please report the model's layers."
+        )
+
+
+def batch_for(images: Pixels) -> int:
+    """Images at a time: bounds the activations of a full VGG to some 300 MB, whatever the image size."""
+    pixels = int(images.shape[1] * images.shape[2])
+    return max(1, min(128, (1 << 19) // pixels))
+
+
+def _in_batches(run: Callable[[Pixels], Any], images: Pixels, what: str, progress: Progress) -> Scores:
+    size, parts = batch_for(images), []
+    for start in range(0, len(images), size):
+        parts.append(np.asarray(run(images[start : start + size]), dtype=np.float32))
+        progress(min(start + size, len(images)), len(images), what)
+    return np.concatenate(parts)

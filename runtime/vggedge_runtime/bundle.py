@@ -1,0 +1,276 @@
+"""The bundle: what export writes, what a device opens, and the hashes that tie both.
+
+Layout (docs/bundle.md has the long form)::
+
+    NAME/  manifest.json  labels.txt
+      graphs/model.<graph>.onnx
+      golden/inputs.npy  outputs.<graph>.npy
+      engines/<fingerprint>/<graph>.engine  engine.json
+
+The manifest covers everything but ``engines``: an engine is added later, on the device, and each engine.json
+hashes its own plan (engine_cache.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import msgspec
+
+from vggedge_runtime.errors import BundleError
+from vggedge_runtime.preprocess import ImageSpec
+from vggedge_runtime.statistics import Proportion
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+"""From a format version to the function that lifts a manifest of it to the next one."""
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    """One file of the bundle.
+
+    Attributes:
+        sha256: hex digest of its content.
+        size_bytes: its length.
+    """
+
+    sha256: str
+    size_bytes: int
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """How a graph answers beside the one it was made from, on the same images.
+
+    Attributes:
+        against: ``keras`` or the name of a graph.
+        obtained: ``measured`` if this very graph ran; ``emulated`` if its rounding twin did, because ONNX
+            Runtime computes FP16 in FP32 on a CPU and would prove nothing.
+        images: number of images.
+        max_abs_difference: largest difference of any probability.
+        agreement: images whose top-1 class is the same on both sides.
+        accuracy: images whose top-1 class is the true one.
+    """
+
+    against: str
+    obtained: Literal["measured", "emulated"]
+    images: int
+    max_abs_difference: float
+    agreement: Proportion
+    accuracy: Proportion
+
+
+class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One ONNX graph of the bundle.
+
+    Attributes:
+        file: path in the bundle.
+        precision: what the user asked for: fp32, fp16 or int8.
+        made_for: the products it was laid out for.
+        op_counts: nodes of every op type.
+        evidence: the comparison with the step before.
+    """
+
+    file: str
+    precision: str
+    made_for: tuple[str, ...]
+    op_counts: dict[str, int]
+    evidence: Comparison
+
+
+class GoldenRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Inputs that a session runs when it opens, and what it has to answer.
+
+    Attributes:
+        inputs: .npy file, uint8 (n, height, width, 3).
+        outputs: graph name -> .npy file, float32 (n, classes).
+    """
+
+    inputs: str
+    outputs: dict[str, str]
+
+
+class StepRecord(msgspec.Struct, frozen=True):
+    """One pass: its name, the places it changed, nodes before and after."""
+
+    name: str
+    changes: int
+    nodes_before: int
+    nodes_after: int
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a bundle says about itself.
+
+    Attributes:
+        format_version: of this schema.
+        name: the model's name.
+        created: ISO 8601 time in UTC.
+        parameters: weights of the Keras model.
+        image: how an image becomes the input.
+        labels: class names, in the order of the output.
+        graphs: by name.
+        golden: inputs and answers for the check at opening.
+        passes: what was done to the converted graph.
+        data: which images were used for ``calibration`` and ``evaluation``, as the user named them.
+        tools: versions of what made the bundle.
+        files: hash and size of every file that the manifest covers.
+    """
+
+    format_version: int
+    name: str
+    created: str
+    parameters: int
+    image: ImageSpec
+    labels: tuple[str, ...]
+    graphs: dict[str, GraphRecord]
+    golden: GoldenRecord
+    passes: tuple[StepRecord, ...]
+    data: dict[str, str]
+    tools: dict[str, str]
+    files: dict[str, FileRecord]
+
+
+class Bundle:
+    """An opened bundle: its manifest, and its files once their hashes were checked."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Read and check the manifest; files are checked when they are asked for.
+
+        Raises:
+            BundleError: no bundle there, a damaged manifest, or one from a newer vggedge.
+        """
+        folder = Path(path)
+        source = folder / MANIFEST
+        if not source.is_file():
+            raise BundleError(
+                f"{folder}: no {MANIFEST} in it, so this is no bundle. Write one with: "
+                "vggedge export MODEL.keras --calibration DATA -o BUNDLE"
+            )
+        return cls(folder, _parse_manifest(source))
+
+    def verified_path(self, name: str) -> Path:
+        """Path of the file ``name``, after its size and sha256 were found to be the manifest's.
+
+        Raises:
+            BundleError: the file is missing, was changed, or is not one that the manifest covers.
+        """
+        record = self.manifest.files.get(name)
+        if record is None:
+            raise BundleError(f"{self.path}: the manifest covers no file {name!r}. Export the bundle again.")
+        path = self.path / name
+        if not path.is_file():
+            raise BundleError(f"{path}: missing, though the manifest names it. Copy the whole bundle again.")
+        if path.stat().st_size != record.size_bytes or hash_file(path) != record.sha256:
+            raise BundleError(
+                f"{path}: its content is not what export wrote (sha256 differs from the manifest's). "
+                "It was changed or damaged on the way; copy or export the bundle again."
+            )
+        return path
+
+    def graph(self, name: str) -> GraphRecord:
+        """Record of the graph ``name``; BundleError lists the graphs there are."""
+        try:
+            return self.manifest.graphs[name]
+        except KeyError:
+            there = ", ".join(self.manifest.graphs)
+            raise BundleError(f"{self.path}: no graph {name!r} in this bundle; it has: {there}.") from None
+
+
+@contextmanager
+def write_bundle(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path``; when the block ends without an error it becomes the bundle.
+
+    An error or a kill on the way leaves at ``path`` what was there before. An older bundle is replaced;
+    anything else that is in the way is not.
+
+    Raises:
+        BundleError: ``path`` exists and is no bundle.
+    """
+    check_replaceable(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    staging.chmod(0o755)  # mkdtemp gives 0700; a bundle is copied and served by other users
+    try:
+        yield staging
+        _swap(staging, path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise BundleError if something other than a bundle or an empty folder stands at ``path``."""
+    if path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir())):
+        return
+    if path.exists():
+        raise BundleError(f"{path}: exists and is no bundle, so it is not replaced. Remove it or name another folder.")
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest`` with the records of all files in ``folder`` outside ``engines`` as its ``files``."""
+    files = {
+        path.relative_to(folder).as_posix(): FileRecord(hash_file(path), path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).parts[0] != "engines"
+    }
+    whole = msgspec.structs.replace(manifest, files=files)
+    (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(whole), indent=2) + b"\n")
+
+
+def hash_file(path: Path) -> str:
+    """Sha256 of a file's content, hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _parse_manifest(source: Path) -> Manifest:
+    try:
+        data = msgspec.json.decode(source.read_bytes(), type=dict[str, Any])
+        version = data.get("format_version")
+        if not isinstance(version, int):
+            raise msgspec.ValidationError("format_version is missing")
+        if version > FORMAT_VERSION:
+            raise BundleError(
+                f"{source}: format version {version}; this vggedge reads up to {FORMAT_VERSION}. Upgrade vggedge "
+                "here, or export the bundle with an older one."
+            )
+        for older in range(version, FORMAT_VERSION):
+            data = UPGRADES[older](data)
+        manifest = msgspec.convert(data, Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError) as error:
+        raise BundleError(f"{source}: damaged manifest ({error}). Copy or export the bundle again.") from error
+    for name in manifest.files:
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise BundleError(f"{source}: names the file {name!r} outside the bundle; it is not trusted.")
+    return manifest
+
+
+def _swap(staging: Path, path: Path) -> None:
+    if not path.exists():
+        staging.rename(path)
+        return
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    path.rename(old)
+    try:
+        staging.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

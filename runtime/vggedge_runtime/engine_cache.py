@@ -1,0 +1,123 @@
+"""Where engines lie in a bundle, and what says whether one fits: ``engines/<fingerprint>/``.
+
+The plan stays byte-pure, so that trtexec, Triton and DeepStream read it too; what vggedge knows about it
+stands in the engine.json beside it, with the plan's hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import msgspec
+
+from vggedge_runtime.bundle import hash_file
+from vggedge_runtime.errors import EngineError
+
+ENGINES = "engines"
+_RECORD = "engine.json"
+
+
+class EngineKey(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything an engine depends on. Two engines with one key are interchangeable; others never are.
+
+    Attributes:
+        product: tensorrt or tensorrt_rtx.
+        version: of the product.
+        devices: one "name (compute capability)", or, ahead of time, the compute capabilities it is for.
+        graph: name of the graph.
+        graph_sha256: hash of its ONNX file.
+        batches: smallest, best and largest batch of its profile.
+        options: build options that change the plan.
+    """
+
+    product: str
+    version: str
+    devices: tuple[str, ...]
+    graph: str
+    graph_sha256: str
+    batches: tuple[int, int, int]
+    options: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """First 16 hex digits of the sha256 of the key's canonical JSON; the folder's name."""
+        canonical = msgspec.json.encode(self, order="sorted")
+        return hashlib.sha256(canonical).hexdigest()[:16]
+
+
+class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine.json beside a plan.
+
+    Attributes:
+        key: what it was built from and for.
+        file: name of the plan beside this record.
+        sha256: hash of the plan.
+        size_bytes: its length.
+        build_seconds: wall time of the build, on the machine that built it.
+    """
+
+    key: EngineKey
+    file: str
+    sha256: str
+    size_bytes: int
+    build_seconds: float
+
+
+def write_engine(bundle: Path, key: EngineKey, plan: bytes, build_seconds: float) -> EngineRecord:
+    """Write a plan and its record into ``bundle/engines/<fingerprint>``; the record last, so it never lies."""
+    folder = bundle / ENGINES / key.fingerprint
+    folder.mkdir(parents=True, exist_ok=True)
+    record = EngineRecord(
+        key=key,
+        file=f"{key.graph}.engine",
+        sha256=hashlib.sha256(plan).hexdigest(),
+        size_bytes=len(plan),
+        build_seconds=round(build_seconds, 3),
+    )
+    _write(folder / record.file, plan)
+    _write(folder / _RECORD, msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
+    return record
+
+
+def list_engines(bundle: Path) -> list[EngineRecord]:
+    """Records of all engines of a bundle, in the order of their graphs' names.
+
+    Raises:
+        EngineError: a record cannot be read.
+    """
+    records = []
+    for path in sorted((bundle / ENGINES).glob(f"*/{_RECORD}")):
+        try:
+            records.append(msgspec.json.decode(path.read_bytes(), type=EngineRecord))
+        except msgspec.MsgspecError as error:
+            raise EngineError(f"{path}: damaged ({error}). Delete {path.parent} and build the engine again.") from error
+    return sorted(records, key=lambda record: record.key.graph)
+
+
+def read_engine(bundle: Path, key: EngineKey) -> bytes:
+    """The plan that was built for exactly ``key``, its hash checked.
+
+    Raises:
+        EngineError: there is none for this key, or its bytes are not what was built.
+    """
+    folder = bundle / ENGINES / key.fingerprint
+    if not (folder / _RECORD).is_file():
+        raise EngineError(
+            f"{bundle}: no engine of graph {key.graph} for {key.product} {key.version} on {', '.join(key.devices)}."
+        )
+    record = msgspec.json.decode((folder / _RECORD).read_bytes(), type=EngineRecord)
+    plan = folder / record.file
+    if not plan.is_file() or hash_file(plan) != record.sha256:
+        raise EngineError(f"{plan}: missing or changed since it was built. Delete {folder} and build it again.")
+    return plan.read_bytes()
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

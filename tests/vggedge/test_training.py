@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from vggedge.architecture import get_spec
+from vggedge.data.base import ImageSet
+from vggedge.training import EpochFigures, History, TrainConfig, TrainResult, train, write_history
+from vggedge_runtime.errors import DataError, ModelError, UsageError
+
+pytest.importorskip("keras")
+
+SPEC = get_spec("vgg9-compact", input=(32, 32, 3), classes=2, dropout=0.2)
+CONFIG = TrainConfig(epochs=3, batch_size=8, validation_share=0.25, learning_rate=3e-3, seed=5)
+
+
+def warm_and_cold(count: int = 64, *, is_noise: bool = False) -> ImageSet:
+    """Reddish and bluish noise, in turn; with ``is_noise`` the labels mean nothing."""
+    targets = np.arange(count, dtype=np.int64) % 2
+
+    def read_one(index: int) -> Any:
+        generator = np.random.default_rng(index)
+        image = generator.integers(0, 128, (32, 32, 3), dtype=np.uint8)
+        if not is_noise:
+            image[..., 0 if targets[index] == 0 else 2] += 120
+        return image
+
+    return ImageSet(name="warm-and-cold", labels=("warm", "cold"), targets=targets, read_one=read_one)
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.progress: list[tuple[int, int, str]] = []
+        self.epochs: list[EpochFigures] = []
+
+    def advance(self, done: int, total: int, what: str) -> None:
+        self.progress.append((done, total, what))
+
+
+@pytest.fixture(scope="module")
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture(scope="module")
+def trained(recorder: Recorder) -> TrainResult:
+    data = warm_and_cold()
+    return train(SPEC, data, CONFIG, advance=recorder.advance, on_epoch=recorder.epochs.append)
+
+
+def test_it_learns(trained: TrainResult) -> None:
+    assert trained.history.best.val_accuracy == 1
+    assert trained.history.best.val_loss < 0.3
+    fresh = warm_and_cold(100).subset(np.arange(64, 100))
+    answers = np.asarray(trained.model(fresh.read(), training=False)).argmax(axis=1)
+    assert (answers == fresh.targets).mean() > 0.95
+
+
+def test_the_history_tells_how_it_came_about(trained: TrainResult, recorder: Recorder) -> None:
+    history = trained.history
+    assert (history.training_images, history.validation_images) == (48, 16)
+    assert (history.spec, history.config, history.data) == (SPEC, CONFIG, "warm-and-cold")
+    assert list(history.epochs) == recorder.epochs
+    assert [each.epoch for each in history.epochs] == [1, 2, 3]
+    assert history.best == min(history.epochs, key=lambda each: each.val_loss)
+    assert history.seconds > sum(each.seconds for each in history.epochs) > 0
+    assert all(history.versions.values())
+
+
+def test_progress_is_told_for_reading_loading_and_training(trained: TrainResult, recorder: Recorder) -> None:
+    steps = dict.fromkeys(what for _, _, what in recorder.progress)
+    assert list(steps) == ["reading images", "loading TensorFlow", "training"]
+    for what in steps:
+        done = [at for at, _, name in recorder.progress if name == what]
+        assert done == sorted(done)
+        assert done[-1] == next(total for _, total, name in recorder.progress if name == what)
+
+
+def test_the_model_has_no_optimizer_and_the_weights_of_the_best_epoch(trained: TrainResult) -> None:
+    assert getattr(trained.model, "optimizer", None) is None
+    _, held = warm_and_cold().split(CONFIG.validation_share, CONFIG.seed)
+    found = np.asarray(trained.model(held.read(), training=False))
+    loss = -np.log(found[np.arange(len(held)), held.targets]).mean()
+    assert loss == pytest.approx(trained.history.best.val_loss, rel=1e-3)
+
+
+def test_the_seed_makes_the_model_whether_or_not_images_stay_in_memory(trained: TrainResult) -> None:
+    again = train(SPEC, warm_and_cold(), msgspec.structs.replace(CONFIG, memory_bytes=0))
+    for mine, other in zip(trained.model.get_weights(), again.model.get_weights(), strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-6)
+
+
+def test_every_epoch_reads_every_image_once_in_another_order() -> None:
+    data = warm_and_cold(32)
+    reads: list[int] = []
+
+    def read_one(index: int) -> Any:
+        reads.append(index)
+        return data.read_one(index)
+
+    watched = ImageSet(name="watched", labels=data.labels, targets=data.targets, read_one=read_one)
+    config = msgspec.structs.replace(CONFIG, epochs=2, memory_bytes=0)
+    train(SPEC, watched, config, on_epoch=lambda _: reads.append(-1))
+    training = {int(i) for i in range(32)} - set(held_indices(data, config))
+    first, second = (part for part in split_at(reads, -1) if part)
+    # Keras looks at the first batches once more to learn their shapes; the last reading is the epoch's.
+    orders = [[i for i in part if i in training][-len(training) :] for part in (first, second)]
+    assert set(orders[0]) == set(orders[1]) == training
+    assert orders[0] != orders[1]
+
+
+def held_indices(data: ImageSet, config: TrainConfig) -> list[int]:
+    numbered = ImageSet(
+        name="numbers",
+        labels=data.labels,
+        targets=data.targets,
+        read_one=lambda i: np.full((1, 1, 3), i, dtype=np.uint8),
+    )
+    return [int(i) for i in numbered.split(config.validation_share, config.seed)[1].read()[:, 0, 0, 0]]
+
+
+def split_at(values: list[int], mark: int) -> list[list[int]]:
+    parts: list[list[int]] = [[]]
+    for value in values:
+        if value == mark:
+            parts.append([])
+        else:
+            parts[-1].append(value)
+    return parts
+
+
+def test_it_stops_early_and_keeps_the_best_weights() -> None:
+    # Labels that mean nothing: validation loss gets worse as the network learns the training images by heart.
+    config = TrainConfig(
+        epochs=40, batch_size=8, patience=2, learning_rate=1e-2, schedule="constant", validation_share=0.25
+    )
+    data = warm_and_cold(32, is_noise=True)
+    found = train(SPEC, data, config)
+    history = found.history
+    assert len(history.epochs) == history.best_epoch + 2 < 40
+    _, held = data.split(config.validation_share, config.seed)
+    answers = np.asarray(found.model(held.read(), training=False))
+    loss = -np.log(answers[np.arange(len(held)), held.targets]).mean()
+    assert loss == pytest.approx(history.best.val_loss, rel=1e-3)
+
+
+def test_a_loss_that_is_no_number_is_an_error_that_says_what_to_try() -> None:
+    config = TrainConfig(epochs=3, batch_size=4, learning_rate=1e30)
+    with pytest.raises(ModelError, match=r"diverged: the loss is (nan|inf) .*Lower the learning rate"):
+        train(SPEC, warm_and_cold(16), config)
+
+
+def test_ctrl_c_ends_training() -> None:
+    def advance(done: int, total: int, what: str) -> None:
+        if what == "training":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(SPEC, warm_and_cold(16), CONFIG, advance=advance)
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 2**30])
+def test_an_image_that_cannot_be_read_is_named(memory_bytes: int) -> None:
+    data = warm_and_cold(16)
+    reads: list[int] = []
+
+    def read_one(index: int) -> Any:
+        reads.append(index)
+        if len(reads) > 9:  # late enough to happen inside TensorFlow where images are read batch by batch
+            raise DataError("ten.png: the image cannot be decoded")
+        return data.read_one(index)
+
+    broken = ImageSet(name="broken", labels=data.labels, targets=data.targets, read_one=read_one)
+    config = msgspec.structs.replace(CONFIG, memory_bytes=memory_bytes, batch_size=2)
+    with pytest.raises(DataError, match=r"^ten\.png: the image cannot be decoded$"):
+        train(SPEC, broken, config)
+
+
+def test_data_that_does_not_fit_the_spec_is_refused() -> None:
+    data = warm_and_cold(8)
+    with pytest.raises(UsageError, match=r"2 classes, and the spec has 6\. Use get_spec\('vgg9-compact', classes=2"):
+        train(get_spec("vgg9-compact"), data, CONFIG)
+    with pytest.raises(DataError, match=r"images of \(32, 32, 3\), and the spec takes \(64, 64, 3\)"):
+        train(get_spec("vgg9-compact", classes=2), data, CONFIG)
+    with pytest.raises(DataError, match="no images"):
+        train(SPEC, data.subset(np.array([], dtype=np.int64)), CONFIG)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"learning_rate": math.inf},
+        {"schedule": "linear"},
+        {"validation_share": 0.0},
+        {"validation_share": 1.0},
+        {"patience": -1},
+        {"seed": -1},
+        {"memory_bytes": -1},
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(change))} is .*; needed is"):
+        TrainConfig(**change)
+
+
+def test_the_history_file(trained: TrainResult, tmp_path: Path) -> None:
+    path = write_history(trained.history, tmp_path / "hand.keras")
+    assert path == tmp_path / "hand.history.json"
+    assert msgspec.json.decode(path.read_bytes(), type=History) == trained.history
+    assert [file.name for file in tmp_path.iterdir()] == ["hand.history.json"]
+    with pytest.raises(ModelError, match="cannot be written"):
+        write_history(trained.history, tmp_path / "none" / "hand.keras")

@@ -1,0 +1,86 @@
+"""How every command speaks: tables on stdout, progress and errors on stderr, JSON when asked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Protocol
+
+import msgspec
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_PIPE_WIDTH = 10_000  # columns; print(width=...) would be cut to the 80 that rich assumes for a pipe
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, nothing else.")]
+
+
+class Advance(Protocol):
+    """Reports progress: ``advance(done, total, what)``."""
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """``done`` of ``total`` units of ``what`` are finished."""
+
+
+def print_json(result: Any) -> None:
+    """Print a msgspec Struct (or plain data) as indented JSON on stdout."""
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(result, enc_hook=_plain), indent=2).decode() + "\n")
+
+
+def print_line(text: str = "") -> None:
+    """Print one line of the result on stdout, as it is."""
+    Console(highlight=False, soft_wrap=True).print(escape(text))
+
+
+def print_note(text: str) -> None:
+    """Print one line about what is going on on stderr."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(escape(text), style="dim")
+
+
+def print_error(text: str) -> None:
+    """Print an error on stderr."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(text)}")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table on stdout: the first column to the left, the others, being numbers, to the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        # A pipe has no width: never fold a table that a script is going to read.
+        console.width = _PIPE_WIDTH
+    console.print(table)
+
+
+@contextmanager
+def progress(*, quiet: bool = False) -> Iterator[Advance]:
+    """Yield a callback that draws one bar a step on stderr; plain lines where stderr is no terminal."""
+    console = Console(stderr=True, highlight=False, quiet=quiet)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(done: int, total: int, what: str) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+                if not console.is_terminal:
+                    console.print(f"{what} ...", style="dim")
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield advance
+
+
+def _plain(value: Any) -> Any:
+    """Encode what msgspec does not know: NumPy scalars and arrays, and paths."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value)

@@ -1,0 +1,63 @@
+"""What a data set is to the rest of vggedge: labelled images, read in batches at one ImageSpec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vggedge_runtime.errors import DataError
+from vggedge_runtime.preprocess import Pixels
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images that are read when asked for.
+
+    Attributes:
+        name: what the user typed, for messages and manifests.
+        labels: class names; a target is an index into them.
+        targets: class of every image, int64 (n,).
+        read_one: from 0..n-1 to one (height, width, 3) uint8 image.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    targets: NDArray[np.int64]
+    read_one: Callable[[int], Pixels]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def read(self, indices: Sequence[int] | NDArray[np.int64] | None = None) -> Pixels:
+        """Read images as (n, height, width, 3) uint8; all of them if ``indices`` is None."""
+        chosen = range(len(self)) if indices is None else indices
+        return np.stack([self.read_one(int(i)) for i in chosen])
+
+    def subset(self, indices: NDArray[np.int64]) -> ImageSet:
+        """The same source restricted to ``indices``, in that order."""
+        kept = np.asarray(indices, dtype=np.int64)
+        return replace(self, targets=self.targets[kept], read_one=lambda i: self.read_one(int(kept[i])))
+
+    def split(self, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+        """Split off ``share`` of every class, at least one image each: (rest, split off).
+
+        Raises:
+            DataError: a class has fewer than two images, so it cannot stand on both sides.
+        """
+        generator = np.random.default_rng(seed)
+        held: list[NDArray[np.int64]] = []
+        for index, label in enumerate(self.labels):
+            members = np.flatnonzero(self.targets == index)
+            if len(members) < 2:
+                raise DataError(
+                    f"{self.name}: class {label!r} has {len(members)} image(s); a split into two parts "
+                    "needs at least 2 of every class. Add images or remove the class."
+                )
+            count = min(len(members) - 1, max(1, round(share * len(members))))
+            held.append(generator.permutation(members)[:count])
+        off = np.sort(np.concatenate(held))
+        rest = np.setdiff1d(np.arange(len(self)), off)
+        return self.subset(rest), self.subset(off)
