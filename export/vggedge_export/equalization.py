@@ -22,18 +22,38 @@ _SWEEPS = 20  # ranges settle along the chain; the paper iterates to convergence
 
 
 def equalized_graph(graph: Graph) -> Graph:
-    """A graph that computes the same with channel ranges evened out between neighbouring layers."""
+    """A graph that computes the same with channel ranges evened out between neighbouring layers.
+
+    The sweeps run on each layer's table of largest weights, (out, in); the weights are scaled once at the end.
+    """
     twin = graph.copy()
-    pairs = [(first, second) for first in nodes_of(twin, "Conv", "Gemm") if (second := _next_layer(twin, first))]
-    for name in {layer.input[1] for pair in pairs for layer in pair}:
-        twin.weights[name] = twin.weights[name].astype(np.float64)
+    layers = list(nodes_of(twin, "Conv", "Gemm"))
+    ranges = {layer.name: _channel_ranges(twin, layer) for layer in layers}
+    pairs = [(layer, behind) for layer in layers if (behind := _next_layer(twin, layer)) is not None]
+    scales = {first.name: np.ones(len(ranges[first.name])) for first, _ in pairs}
     for _ in range(_SWEEPS):
         for first, second in pairs:
-            _equalize(twin, first, second)
-    for name, array in twin.weights.items():
-        if array.dtype == np.float64:
-            twin.weights[name] = array.astype(np.float32)
+            before, after = ranges[first.name], _grouped(ranges[second.name], len(ranges[first.name]))
+            step = _balance(before.max(axis=1), after.max(axis=(0, 2)))
+            before /= step[:, None]
+            after *= step[:, None]  # a view: the second layer's own table changes
+            scales[first.name] *= step
+    for first, second in pairs:
+        _apply(twin, first, second, scales[first.name])
     return twin
+
+
+def _channel_ranges(graph: Graph, layer: onnx.NodeProto) -> NDArray[np.float64]:
+    """Largest magnitude of the weights between every output and input channel: (out, in)."""
+    kernel = graph.weights[layer.input[1]]
+    places = kernel.reshape(*kernel.shape[:2], -1)
+    largest: NDArray[np.float64] = np.maximum(places.max(axis=2), -places.min(axis=2)).astype(np.float64)
+    return largest
+
+
+def _grouped(columns: NDArray[np.floating], channels: int) -> NDArray[np.floating]:
+    """(out, in, ...) as (out, channels, places): behind a Flatten a channel is a run of neighbouring columns."""
+    return columns.reshape(len(columns), channels, -1)
 
 
 def _next_layer(graph: Graph, layer: onnx.NodeProto) -> onnx.NodeProto | None:
@@ -44,16 +64,14 @@ def _next_layer(graph: Graph, layer: onnx.NodeProto) -> onnx.NodeProto | None:
     return node if node is not None and node.op_type in {"Conv", "Gemm"} else None
 
 
-def _equalize(graph: Graph, first: onnx.NodeProto, second: onnx.NodeProto) -> None:
+def _apply(graph: Graph, first: onnx.NodeProto, second: onnx.NodeProto, scale: NDArray[np.float64]) -> None:
+    """Divide the output channels of ``first`` by ``scale``, multiply the input channels of ``second`` by it."""
+    factor = scale.astype(np.float32)
     kernel, following = graph.weights[first.input[1]], graph.weights[second.input[1]]
-    channels = len(kernel)
-    # Behind a Flatten each channel is a run of neighbouring columns: (out, channels, places).
-    columns = following.reshape(len(following), channels, -1)
-    scale = _balance(np.abs(kernel.reshape(channels, -1)).max(axis=1), np.abs(columns).max(axis=(0, 2)))
-    graph.weights[first.input[1]] = kernel / scale.reshape(-1, *(1,) * (kernel.ndim - 1))
+    graph.weights[first.input[1]] = kernel / factor.reshape(-1, *(1,) * (kernel.ndim - 1))
     if len(first.input) > 2:
-        graph.weights[first.input[2]] = graph.weights[first.input[2]].astype(np.float64) / scale
-    graph.weights[second.input[1]] = (columns * scale[:, None]).reshape(following.shape)
+        graph.weights[first.input[2]] = graph.weights[first.input[2]] / factor
+    graph.weights[second.input[1]] = (_grouped(following, len(factor)) * factor[:, None]).reshape(following.shape)
 
 
 def _balance(before: NDArray[np.float64], after: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -63,7 +63,7 @@ def rounding_twin(graph: Graph) -> Graph:
 def _float16_weight(name: str, array: Weight) -> Weight:
     if array.dtype != np.float32:
         return array
-    largest = float(np.abs(array).max(initial=0.0))
+    largest = max(float(array.max(initial=0.0)), -float(array.min(initial=0.0)))  # no copy, as abs() would be
     if largest > _LARGEST:
         raise ConversionError(
             f"{name}: a weight is {largest:.4g}, and FP16 ends at {_LARGEST:.0f}. Export without fp16, or retrain "

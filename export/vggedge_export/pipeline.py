@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -13,7 +14,7 @@ import numpy as np
 
 from vggedge_export import engine as engines
 from vggedge_export.calibration import Progress, largest_magnitudes
-from vggedge_export.conversion import graph_from_keras
+from vggedge_export.conversion import check_exportable, graph_from_keras
 from vggedge_export.engine import EngineConfig
 from vggedge_export.equalization import equalized_graph
 from vggedge_export.float16 import float16_graph, rounding_twin
@@ -30,13 +31,13 @@ from vggedge_export.verification import (
     keras_scores,
 )
 from vggedge_runtime import bundle as bundles
-from vggedge_runtime.bundle import Comparison, GoldenRecord, GraphRecord, Manifest, StepRecord
+from vggedge_runtime.bundle import GoldenRecord, GraphRecord, Manifest, StepRecord
 from vggedge_runtime.device import tool_versions
 from vggedge_runtime.engine_cache import EngineRecord
 from vggedge_runtime.errors import DataError, ModelError, UsageError
 from vggedge_runtime.graphs import GRAPHS, PRECISIONS, graphs_of
 from vggedge_runtime.preprocess import ImageSpec
-from vggedge_runtime.statistics import Proportion
+from vggedge_runtime.statistics import Proportion, build_proportion
 from vggedge_runtime.tensorrt_api import TensorRtApi, load_tensorrt
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class ExportResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def export(
-    model: keras.Model,
+    model: keras.Model | Callable[[], keras.Model],
     path: Path,
     *,
     image: ImageSpec,
@@ -102,7 +103,8 @@ def export(
     """Convert ``model`` to a bundle at ``path``, with proof.
 
     Args:
-        model: one uint8-able RGB image input, one vector of class probabilities out.
+        model: a Keras model, or a function that gives one. What only the function holds is freed as soon as its
+            weights are in the graph, which keeps the full VGG-16 under 4 GB.
         path: folder to write; replaced as a whole if it is a bundle already, and only at the very end.
         image: how images become the input; goes into the bundle.
         labels: class names in the order of the output.
@@ -115,38 +117,83 @@ def export(
         VggedgeError: any step that cannot be done; nothing is written then.
     """
     config = config or ExportConfig()
-    _check_inputs(model, image, labels, (calibration, evaluation))
     bundles.check_replaceable(path)
     api = None if config.engine == "none" else load_tensorrt(config.engine)
     if api is not None:
         engines.check_buildable(api)
-    reference = keras_scores(model, image.normalization, evaluation.images, progress)
-    graph, converted, passes = _convert(model, image, progress)
+    inputs = _Inputs(image, labels, calibration, evaluation)
     with bundles.write_bundle(path) as staging:
-        maker = _GraphMaker(staging, graph, calibration, evaluation, progress)
-        evidence = maker.make_all(config.graphs, reference)
-        manifest = Manifest(
-            format_version=bundles.FORMAT_VERSION,
-            name=model.name,
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            parameters=model.count_params(),
-            image=image,
-            labels=labels,
-            graphs=evidence,
-            golden=maker.write_golden(),
-            passes=tuple(StepRecord(p.name, p.changes, p.nodes_before, p.nodes_after) for p in passes),
-            data={"calibration": _describe(calibration), "evaluation": _describe(evaluation)},
-            tools=tool_versions("vggedge", "keras", "tensorflow", "tf2onnx", "onnx", "onnxruntime", "numpy"),
-            files={},
-        )
+        facts = _make_graphs(staging, model, inputs, config, progress)
         (staging / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-        bundles.write_manifest(staging, manifest)
+        bundles.write_manifest(staging, facts.manifest)
         built = _build_engines(staging, api, config, progress)
         manifest = bundles.Bundle.open(staging).manifest
-    accuracy = compare_scores(reference, reference, evaluation.targets, against="keras", obtained="measured").accuracy
     return ExportResult(
-        bundle=str(path), keras_accuracy=accuracy, manifest=manifest, engines=built, converted_op_counts=converted
+        bundle=str(path),
+        keras_accuracy=facts.keras_accuracy,
+        manifest=manifest,
+        engines=built,
+        converted_op_counts=facts.converted_op_counts,
     )
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What an export is about, besides the model."""
+
+    image: ImageSpec
+    labels: tuple[str, ...]
+    calibration: LabelledImages
+    evaluation: LabelledImages
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """A model as a clean graph, and what is known of it once Keras is gone."""
+
+    name: str
+    parameters: int
+    scores: Scores
+    graph: Graph
+    op_counts: dict[str, int]
+    passes: list[PassRecord]
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the graphs' making brought to light; holds no weights."""
+
+    manifest: Manifest
+    keras_accuracy: Proportion
+    converted_op_counts: dict[str, int]
+
+
+def _make_graphs(
+    staging: Path,
+    model: keras.Model | Callable[[], keras.Model],
+    inputs: _Inputs,
+    config: ExportConfig,
+    progress: Progress,
+) -> _Facts:
+    converted = _convert(model, inputs, progress)
+    maker = _GraphMaker(staging, converted.graph, inputs.calibration, inputs.evaluation, progress)
+    evidence = maker.make_all(config.graphs, converted.scores)
+    manifest = Manifest(
+        format_version=bundles.FORMAT_VERSION,
+        name=converted.name,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        parameters=converted.parameters,
+        image=inputs.image,
+        labels=inputs.labels,
+        graphs=evidence,
+        golden=maker.write_golden(),
+        passes=tuple(StepRecord(p.name, p.changes, p.nodes_before, p.nodes_after) for p in converted.passes),
+        data={"calibration": _describe(inputs.calibration), "evaluation": _describe(inputs.evaluation)},
+        tools=tool_versions("vggedge", "keras", "tensorflow", "tf2onnx", "onnx", "onnxruntime", "numpy"),
+        files={},
+    )
+    right = int((converted.scores.argmax(1) == inputs.evaluation.targets).sum())
+    return _Facts(manifest, build_proportion(right, len(converted.scores)), converted.op_counts)
 
 
 @dataclass
@@ -193,22 +240,25 @@ class _GraphMaker:
 
     def _make(self, name: str, graph: Graph, reference: Scores, against: str) -> tuple[Scores, GraphRecord]:
         file = f"graphs/model.{name}.onnx"
-        (self.folder / file).write_bytes(graph.to_bytes())
-        has_fp16 = any(array.dtype == np.float16 for array in graph.weights.values())
-        obtained: Literal["measured", "emulated"] = "emulated" if has_fp16 else "measured"
-        runnable = rounding_twin(graph).to_bytes() if has_fp16 else self.folder / file
+        graph.write(self.folder / file)
+        counts, has_fp16 = graph.op_counts(), any(array.dtype == np.float16 for array in graph.weights.values())
+        runnable = self.folder / file
+        if has_fp16:
+            runnable = self.folder / "twin.onnx"
+            rounding_twin(graph).write(runnable)
+        del graph  # ONNX Runtime is about to hold the weights once more
         scores = graph_scores(runnable, self.evaluation.images, name, self.progress)
+        if has_fp16:
+            runnable.unlink()
         self.answers[name] = scores[self.golden]
-        evidence: Comparison = compare_scores(
-            reference, scores, self.evaluation.targets, against=against, obtained=obtained
-        )
-        kind = GRAPHS[name]
+        obtained: Literal["measured", "emulated"] = "emulated" if has_fp16 else "measured"
+        targets = self.evaluation.targets
         record = GraphRecord(
             file=file,
-            precision=kind.precision,
-            made_for=kind.made_for,
-            op_counts=graph.op_counts(),
-            evidence=evidence,
+            precision=GRAPHS[name].precision,
+            made_for=GRAPHS[name].made_for,
+            op_counts=counts,
+            evidence=compare_scores(reference, scores, targets, against=against, obtained=obtained),
         )
         return scores, record
 
@@ -224,16 +274,20 @@ class _GraphMaker:
         return quantized_graph(typed, recipe, magnitudes)
 
 
-def _convert(
-    model: keras.Model, image: ImageSpec, progress: Progress
-) -> tuple[Graph, dict[str, int], list[PassRecord]]:
-    """(clean graph, op counts before the passes, what the passes did)."""
+def _convert(model: keras.Model | Callable[[], keras.Model], inputs: _Inputs, progress: Progress) -> _Converted:
+    """Ask Keras for the reference answers, take its weights into a graph, clean that, and let go of Keras."""
+    loaded: keras.Model = model if hasattr(model, "layers") else model()
+    _check_inputs(loaded, inputs)
+    scores = keras_scores(loaded, inputs.image.normalization, inputs.evaluation.images, progress)
     progress(0, 1, "converting")
-    graph = graph_from_keras(model, image.normalization)
-    converted = graph.op_counts()
+    graph = graph_from_keras(loaded, inputs.image.normalization)
+    name, parameters = loaded.name, loaded.count_params()
+    del loaded
+    gc.collect()  # a Keras model is full of cycles
+    counts = graph.op_counts()
     records = apply_passes(graph)
     progress(1, 1, "converting")
-    return graph, converted, records
+    return _Converted(name, parameters, scores, graph, counts, records)
 
 
 def _build_engines(
@@ -257,21 +311,20 @@ def _golden_rows(targets: np.ndarray) -> list[int]:
     return [int(row) for row in dict.fromkeys(rows)][:_GOLDEN_IMAGES]
 
 
-def _check_inputs(
-    model: keras.Model, image: ImageSpec, labels: tuple[str, ...], sets: tuple[LabelledImages, ...]
-) -> None:
-    size, classes = tuple(model.inputs[0].shape[1:]), model.outputs[0].shape[-1]
-    if size != image.shape:
-        raise ModelError(f"{model.name} takes images of {size}, the image spec says {image.shape}; make them agree.")
+def _check_inputs(model: keras.Model, inputs: _Inputs) -> None:
+    check_exportable(model, inputs.image.normalization)
+    size, classes, labels = tuple(model.inputs[0].shape[1:]), model.outputs[0].shape[-1], inputs.labels
+    if size != inputs.image.shape:
+        raise ModelError(
+            f"{model.name} takes images of {size}, the image spec says {inputs.image.shape}; make them agree."
+        )
     if len(labels) != classes:
         raise ModelError(f"{model.name} has {classes} classes, and {len(labels)} labels came: {', '.join(labels)}.")
-    for data in sets:
-        if data.images.shape[1:] != image.shape:
-            raise DataError(f"{data.name}: images of {data.images.shape[1:]}, needed is {image.shape}.")
+    for data in (inputs.calibration, inputs.evaluation):
+        if data.images.shape[1:] != inputs.image.shape:
+            raise DataError(f"{data.name}: images of {data.images.shape[1:]}, needed is {inputs.image.shape}.")
         if int(data.targets.max()) >= classes:
-            raise DataError(
-                f"{data.name}: class number {int(data.targets.max())}, but the model has {classes} classes."
-            )
+            raise DataError(f"{data.name}: class number {int(data.targets.max())}; the model has {classes} classes.")
 
 
 def _describe(data: LabelledImages) -> str:

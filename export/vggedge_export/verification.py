@@ -64,7 +64,7 @@ def keras_scores(model: keras.Model, normalization: Normalization | None, images
     return _in_batches(run, images, "asking Keras", progress)
 
 
-def graph_scores(graph: Path | bytes, images: Pixels, what: str, progress: Progress) -> Scores:
+def graph_scores(graph: Path, images: Pixels, what: str, progress: Progress) -> Scores:
     """What an ONNX graph answers in ONNX Runtime on the CPU."""
     session = open_ort_session(graph)
     return _in_batches(lambda batch: session.run(None, {INPUT: batch})[0], images, f"proving {what}", progress)

@@ -65,7 +65,7 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     build_seconds: float
 
 
-def write_engine(bundle: Path, key: EngineKey, plan: bytes, build_seconds: float) -> EngineRecord:
+def write_engine(bundle: Path, key: EngineKey, plan: bytes | memoryview, build_seconds: float) -> EngineRecord:
     """Write a plan and its record into ``bundle/engines/<fingerprint>``; the record last, so it never lies."""
     folder = bundle / ENGINES / key.fingerprint
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def read_engine(bundle: Path, key: EngineKey) -> bytes:
     return plan.read_bytes()
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes | memoryview) -> None:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.write_bytes(data)

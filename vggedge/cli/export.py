@@ -49,8 +49,10 @@ def command(
         spec = card.image if card else _spec_from_input(network.inputs[0].shape)
         sets = _read_images(calibration, evaluation, spec, calibration_images, advance)
         labels = _labels(card, sets[2], network.outputs[0].shape[-1], json)
+        holder = [network]  # export then has the only reference, and frees the weights when it can
+        del network
         result = export(
-            network,
+            holder.pop,
             bundle,
             image=spec,
             labels=labels,

@@ -58,6 +58,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     if not console.is_terminal:
         # A pipe has no width: never fold a table that a script is going to read.
         console.width = _PIPE_WIDTH
+    if title:  # not rich's own title, which is folded to the width of the table
+        console.print(f"[bold]{escape(title)}[/]", soft_wrap=True)
     console.print(table)
 
 
