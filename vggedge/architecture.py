@@ -206,6 +206,7 @@ def _compact(name: str, stages: tuple[tuple[int, ...], ...]) -> VggSpec:
         classes=6,
         # Four channels in the first stage do not train without any normalisation.
         normalization="lrn" if name.endswith("-lrn") else "first-of-two-stages",
+        dropout=0.3,  # 256 units have little to spare: half of them off costs accuracy on 6,000 images
     )
 
 

@@ -43,9 +43,9 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     Attributes:
         epochs: at most so many passes over the images.
         batch_size: images for each step.
-        learning_rate: of Adam (Kingma & Ba 2014, arXiv 1412.6980), at the first step.
-        schedule: ``cosine`` falls to 0 at the end of ``epochs`` (Loshchilov & Hutter 2016,
-            arXiv 1608.03983, without restarts); ``constant`` stays.
+        learning_rate: of Adam (Kingma & Ba 2014, arXiv 1412.6980), at its highest.
+        schedule: ``cosine`` rises from a tenth over the first tenth of all steps, then falls to 0 at the end of
+            ``epochs`` (Loshchilov & Hutter 2016, arXiv 1608.03983, without restarts); ``constant`` stays.
         validation_share: of every class, held back to judge each epoch.
         patience: epochs without a better validation loss before training stops; 0 never stops early.
         seed: of the split, the weights, the order of the images and the dropout.
@@ -53,12 +53,12 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             again in every epoch.
     """
 
-    epochs: int = 6
-    batch_size: int = 32
-    learning_rate: float = 1e-3
+    epochs: int = 10
+    batch_size: int = 64
+    learning_rate: float = 2e-3
     schedule: Literal["cosine", "constant"] = "cosine"
     validation_share: float = 0.1
-    patience: int = 3
+    patience: int = 5
     seed: int = 0
     memory_bytes: int = 2**30
 
@@ -253,6 +253,7 @@ def _fit(
         optimizer=keras.optimizers.Adam(_build_schedule(keras, config, len(batches))),
         loss=keras.losses.SparseCategoricalCrossentropy(),
         metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+        jit_compile=False,  # compiling a network this small on a CPU takes longer than training an epoch
     )
     # Keras's shuffle would move whole batches only, and draw from Python's global generator.
     options = {"epochs": config.epochs, "shuffle": False, "verbose": 0}
@@ -271,7 +272,14 @@ def _fit(
 def _build_schedule(keras: Any, config: TrainConfig, steps: int) -> Any:
     if config.schedule == "constant":
         return config.learning_rate
-    return keras.optimizers.schedules.CosineDecay(config.learning_rate, decay_steps=config.epochs * steps)
+    total = config.epochs * steps
+    rise = max(1, total // 10)
+    return keras.optimizers.schedules.CosineDecay(
+        config.learning_rate / 10,
+        decay_steps=max(1, total - rise),
+        warmup_target=config.learning_rate,
+        warmup_steps=rise,
+    )
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +17,7 @@ Progress = Callable[[int, int, str], None]
 
 
 def largest_magnitudes(
-    graph: Graph, tensors: Sequence[str], images: Pixels, *, batch: int, progress: Progress
+    graph: Graph, tensors: Sequence[str], images: Pixels, *, batch: int, scratch: Path, progress: Progress
 ) -> dict[str, float]:
     """Largest absolute value of every tensor over all images.
 
@@ -28,6 +29,7 @@ def largest_magnitudes(
         tensors: names of float tensors in it.
         images: uint8 (n, h, w, 3).
         batch: images at a time; bounds memory only.
+        scratch: file to write the probing graph to; removed again.
         progress: told the number of images done.
 
     Raises:
@@ -41,7 +43,10 @@ def largest_magnitudes(
         probe.nodes.append(make_node("ReduceMax", [magnitude], largest, keepdims=0))
         probe.outputs.append(value_info(largest, np.float32, []))
     probe.drop_unused()
-    session = open_ort_session(probe.to_bytes())
+    probe.write(scratch)
+    del probe
+    session = open_ort_session(scratch)
+    scratch.unlink()
     maxima = np.zeros(len(tensors))
     for start in range(0, len(images), batch):
         found = np.array(session.run(None, {INPUT: images[start : start + batch]}), dtype=np.float64)

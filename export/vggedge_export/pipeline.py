@@ -215,7 +215,7 @@ class _GraphMaker:
         recipes: dict[str, Callable[[], Graph]] = {
             "fp32": lambda: self.graph,
             "fp16": lambda: float16_graph(self.graph),
-            "int8": lambda: self._quantize(self.graph, self.graph, INT8),
+            "int8": lambda: quantized_graph(self.graph, INT8, self._calibrate(self.graph, INT8)),
             "int8-rtx": self._make_int8_rtx,
         }
         (self.folder / "graphs").mkdir()
@@ -265,13 +265,16 @@ class _GraphMaker:
     def _make_int8_rtx(self) -> Graph:
         """Ranges come from the FP32 graph after equalisation, types from its FP16 cast."""
         even = equalized_graph(self.graph)
-        return self._quantize(even, float16_graph(even), INT8_RTX)
+        magnitudes = self._calibrate(even, INT8_RTX)
+        even = float16_graph(even)  # lets the FP32 weights go
+        return quantized_graph(even, INT8_RTX, magnitudes)
 
-    def _quantize(self, source: Graph, typed: Graph, recipe: QuantizationRecipe) -> Graph:
-        tensors = [layer.input[0] for layer in quantized_layers(source, recipe)]
-        images = self.calibration.images
-        magnitudes = largest_magnitudes(source, tensors, images, batch=batch_for(images), progress=self.progress)
-        return quantized_graph(typed, recipe, magnitudes)
+    def _calibrate(self, graph: Graph, recipe: QuantizationRecipe) -> dict[str, float]:
+        tensors = [layer.input[0] for layer in quantized_layers(graph, recipe)]
+        images, scratch = self.calibration.images, self.folder / "calibration.onnx"
+        return largest_magnitudes(
+            graph, tensors, images, batch=batch_for(images), scratch=scratch, progress=self.progress
+        )
 
 
 def _convert(model: keras.Model | Callable[[], keras.Model], inputs: _Inputs, progress: Progress) -> _Converted:

@@ -111,9 +111,9 @@ def check_parity(comparison: Comparison) -> None:
 
 
 def batch_for(images: Pixels) -> int:
-    """Images at a time: bounds the activations of a full VGG to some 300 MB, whatever the image size."""
+    """Images at a time: bounds the activations of a full VGG to some 100 MB, whatever the image size."""
     pixels = int(images.shape[1] * images.shape[2])
-    return max(1, min(128, (1 << 19) // pixels))
+    return max(1, min(128, (1 << 17) // pixels))
 
 
 def _in_batches(run: Callable[[Pixels], Any], images: Pixels, what: str, progress: Progress) -> Scores:

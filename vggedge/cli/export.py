@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,8 @@ def command(
     check_replaceable(bundle)  # all that can be refused is refused before TensorFlow loads
     if engine:
         load_tensorrt()
+    # TensorFlow's oneDNN allocator never gives memory back: 0.8 GB more for the full VGG-16 until the end.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     network, card = read_model(model)
     with output.progress(quiet=json) as advance:
         spec = card.image if card else _spec_from_input(network.inputs[0].shape)
