@@ -2,7 +2,7 @@
 
 The weights are made *arguments* of the traced function and joined to the graph afterwards. TensorFlow then
 never bakes them into a constant graph: tf2onnx.convert.from_keras needs more than 24 GB for the full VGG-16,
-this way stays under 4 GB, and every weight keeps the name of its Keras variable (``block1_conv1/kernel``).
+this way the whole export stays under 4 GB, and every weight is known by the layer it came from.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def graph_from_keras(model: keras.Model, normalization: Normalization | None = N
     logging.getLogger("tf2onnx").setLevel(logging.ERROR)
 
     trainable, fixed = list(model.trainable_variables), list(model.non_trainable_variables)
-    variables = {f"{variable.path}": variable for variable in trainable + fixed}
+    # Numbered: TensorFlow rewrites names it does not like, and layers of nested models may share a path.
+    variables = {f"weight_{index}": variable for index, variable in enumerate(trainable + fixed)}
     specs = [tf.TensorSpec([None, *model.inputs[0].shape[1:]], tf.uint8, name=INPUT)]
     specs += [tf.TensorSpec(v.shape, v.dtype, name=name) for name, v in variables.items()]
 
@@ -100,6 +101,17 @@ def check_exportable(model: keras.Model, normalization: Normalization | None) ->
         raise ModelError(
             f"{model.name}: its output is {scores}; needed is (None, classes) with at least 2 classes. "
             "End the model with a Dense layer of one unit a class and a softmax."
+        )
+
+
+def check_probabilities(graph: Graph) -> None:
+    """Raise ModelError unless the graph ends in a softmax: its output is called ``probabilities`` and must be."""
+    last = graph.producer(OUTPUT)
+    if last is None or last.op_type != "Softmax":
+        found = "its input" if last is None else f"{last.name} ({last.op_type})"
+        raise ModelError(
+            f"the model ends in {found}, not in a softmax, so its output is no probability of each class. "
+            "Add keras.layers.Softmax() behind the last layer, or give that layer activation='softmax'."
         )
 
 

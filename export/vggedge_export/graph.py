@@ -55,8 +55,14 @@ class Graph:
 
     def copy(self) -> Graph:
         """A graph that can be changed without changing this one; weights are shared, not copied."""
-        nodes = [clone(node) for node in self.nodes]
-        return replace(self, nodes=nodes, weights=dict(self.weights), layer_of=dict(self.layer_of))
+        return replace(
+            self,
+            nodes=[clone(node) for node in self.nodes],
+            weights=dict(self.weights),
+            inputs=[clone(value) for value in self.inputs],
+            outputs=[clone(value) for value in self.outputs],
+            layer_of=dict(self.layer_of),
+        )
 
     def producer(self, tensor: str) -> onnx.NodeProto | None:
         """The node that computes ``tensor``; None for weights and inputs."""
@@ -156,18 +162,19 @@ class Graph:
         initializers (onnx.proto: ModelProto.graph is field 7, GraphProto.initializer 5, TensorProto.raw_data 9).
 
         Raises:
-            ConversionError: the graph is not valid ONNX; a pass is broken.
+            ConversionError: the graph is not valid ONNX; a pass is broken. Nothing is written then.
         """
+        self.check()
         with path.open("wb") as stream:
             stream.writelines(self._chunks())
 
     def to_bytes(self) -> bytes:
         """The content of the file that ``write`` writes."""
+        self.check()
         return b"".join(self._chunks())
 
     def _chunks(self) -> Iterator[bytes | memoryview]:
         onnx = require("onnx", "export")
-        self.check()
         proto = onnx.helper.make_graph(self.nodes, self.name, self.inputs, self.outputs)
         opsets = [onnx.helper.make_opsetid("", self.opset)]
         model = onnx.ModelProto(ir_version=_IR_VERSION, opset_import=opsets, producer_name="vggedge")
@@ -223,11 +230,12 @@ def _varint(value: int) -> bytes:
 def graph_from_model(model: onnx.ModelProto) -> Graph:
     """Take a ModelProto apart; Constant nodes become weights."""
     onnx = require("onnx", "export")
+    require("onnx.reference", "export")
     weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     nodes = []
     for node in model.graph.node:
         if node.op_type == "Constant":
-            weights[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
+            weights[node.output[0]] = onnx.reference.ReferenceEvaluator(node).run(None, {})[0]
         else:
             nodes.append(clone(node))
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))

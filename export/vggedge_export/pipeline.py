@@ -14,7 +14,7 @@ import numpy as np
 
 from vggedge_export import engine as engines
 from vggedge_export.calibration import Progress, largest_magnitudes
-from vggedge_export.conversion import check_exportable, graph_from_keras
+from vggedge_export.conversion import check_exportable, check_probabilities, graph_from_keras
 from vggedge_export.engine import EngineConfig
 from vggedge_export.equalization import equalized_graph
 from vggedge_export.float16 import float16_graph, rounding_twin
@@ -289,6 +289,7 @@ def _convert(model: keras.Model | Callable[[], keras.Model], inputs: _Inputs, pr
     gc.collect()  # a Keras model is full of cycles
     counts = graph.op_counts()
     records = apply_passes(graph)
+    check_probabilities(graph)
     progress(1, 1, "converting")
     return _Converted(name, parameters, scores, graph, counts, records)
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from vggedge_runtime.errors import BundleError
+from vggedge_runtime.errors import BundleError, UsageError
 from vggedge_runtime.preprocess import ImageSpec
 from vggedge_runtime.statistics import Proportion
 
@@ -198,9 +198,10 @@ def write_bundle(path: Path) -> Iterator[Path]:
     anything else that is in the way is not.
 
     Raises:
-        BundleError: ``path`` exists and is no bundle.
+        BundleError: ``path`` exists and is no bundle, or nothing can be written there.
     """
     check_replaceable(path)
+    path = path.resolve()  # "." has no sibling, and a link would be replaced instead of what it points to
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     staging.chmod(0o755)  # mkdtemp gives 0700; a bundle is copied and served by other users
@@ -212,11 +213,13 @@ def write_bundle(path: Path) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise BundleError if something other than a bundle or an empty folder stands at ``path``."""
-    if path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir())):
-        return
-    if path.exists():
+    """Raise BundleError unless a bundle can be written at ``path``: there is a bundle, an empty folder or nothing."""
+    is_replaceable = path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir()))
+    if path.exists() and not is_replaceable:
         raise BundleError(f"{path}: exists and is no bundle, so it is not replaced. Remove it or name another folder.")
+    above = next(folder for folder in path.resolve().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise BundleError(f"{path}: cannot be written, {above} is no folder that you may write to. Name another place.")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -253,13 +256,22 @@ def _parse_manifest(source: Path) -> Manifest:
         for older in range(version, FORMAT_VERSION):
             data = UPGRADES[older](data)
         manifest = msgspec.convert(data, Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, UsageError) as error:  # UsageError: by ImageSpec
         raise BundleError(f"{source}: damaged manifest ({error}). Copy or export the bundle again.") from error
+    _check_files(manifest, source)
+    return manifest
+
+
+def _check_files(manifest: Manifest, source: Path) -> None:
+    """Raise BundleError unless all covered files lie in the bundle, and all that a session loads are covered."""
     for name in manifest.files:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:
             raise BundleError(f"{source}: names the file {name!r} outside the bundle; it is not trusted.")
-    return manifest
+    graphs, golden = manifest.graphs.values(), manifest.golden
+    for name in (*(graph.file for graph in graphs), golden.inputs, *golden.outputs.values()):
+        if name not in manifest.files:
+            raise BundleError(f"{source}: names the file {name!r} and has no hash of it. Export the bundle again.")
 
 
 def _swap(staging: Path, path: Path) -> None:

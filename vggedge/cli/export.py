@@ -21,8 +21,6 @@ from vggedge_runtime.tensorrt_api import load_tensorrt
 
 NAME = "export"
 
-_EVALUATION_LIMIT = 2000  # of the calibration data's rest; --evaluation has no limit
-
 
 def command(
     model: Annotated[Path, typer.Argument(help="MODEL.keras, as written by vggedge train or by Keras.")],
@@ -34,6 +32,7 @@ def command(
     ] = None,
     precision: Annotated[str, typer.Option(help="Graphs to make, comma-separated.")] = "fp32,fp16,int8",
     calibration_images: Annotated[int, typer.Option(min=1, help="How many images to calibrate on.")] = 200,
+    evaluation_images: Annotated[int, typer.Option(min=1, help="How many images, at most, to prove on.")] = 2000,
     engine: Annotated[bool, typer.Option("--engine/--no-engine", help="Build TensorRT engines, too.")] = True,
     json: output.JsonFlag = False,
 ) -> None:
@@ -50,7 +49,8 @@ def command(
     network, card = read_model(model)
     with output.progress(quiet=json) as advance:
         spec = card.image if card else _spec_from_input(network.inputs[0].shape)
-        sets = _read_images(calibration, evaluation, spec, calibration_images, advance)
+        counts = (calibration_images, evaluation_images)
+        sets = _read_images(calibration, evaluation, spec, counts, advance)
         labels = _labels(card, sets[2], network.outputs[0].shape[-1], json)
         holder = [network]  # export then has the only reference, and frees the weights when it can
         del network
@@ -78,22 +78,22 @@ def _spec_from_input(shape: tuple[int | None, ...]) -> ImageSpec:
 
 
 def _read_images(
-    calibration: str, evaluation: str | None, spec: ImageSpec, count: int, advance: output.Advance
+    calibration: str, evaluation: str | None, spec: ImageSpec, counts: tuple[int, int], advance: output.Advance
 ) -> tuple[LabelledImages, LabelledImages, tuple[str, ...]]:
     """(calibration images, evaluation images, class names of the data)."""
     source = open_images(calibration, spec)
     if evaluation is None:
-        rest, chosen = source.split(min(0.5, count / len(source)), seed=0)
-        rest = _take(rest, _EVALUATION_LIMIT)
+        rest, chosen = source.split(min(0.5, counts[0] / len(source)), seed=0)
     else:
         rest = open_images(evaluation, spec)
-        chosen = _take(source, count)
+        chosen = _take(source, counts[0])
         if rest.labels != source.labels:
             raise UsageError(
                 f"--evaluation has the classes {', '.join(rest.labels)}, --calibration has "
                 f"{', '.join(source.labels)}; both need the same."
             )
-    return _load(chosen, "calibration", advance), _load(rest, "evaluation", advance), source.labels
+    held_out = _load(_take(rest, counts[1]), "evaluation", advance)
+    return _load(chosen, "calibration", advance), held_out, source.labels
 
 
 def _take(images: ImageSet, count: int) -> ImageSet:
@@ -144,9 +144,14 @@ def _print_tables(result: ExportResult) -> None:
                 format_bytes(size),
             ]
         )
-    images = next(iter(manifest.graphs.values())).evidence.images
+    fp32 = manifest.graphs["fp32"]
     columns = ["graph", "how", "max difference", "agreement", "accuracy [95 %]", "size"]
-    output.print_table(f"Proof on {images} images ({manifest.data['evaluation']})", columns, rows)
+    output.print_table(f"Proof on {manifest.data['evaluation']}", columns, rows)
+    before, after = (sum(counts.values()) for counts in (result.converted_op_counts, fp32.op_counts))
+    output.print_line(
+        f"Graph: {before} nodes from tf2onnx, {after} after the passes. Emulated: a twin of the graph that rounds "
+        "every result to FP16."
+    )
     if result.engines:
         columns = ["engine", "product", "for compute capability", "size", "built in"]
         output.print_table(

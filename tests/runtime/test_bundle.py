@@ -1,0 +1,328 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from vggedge_runtime import bundle as bundles
+from vggedge_runtime.bundle import FORMAT_VERSION, Bundle, check_replaceable, hash_file, write_bundle, write_manifest
+from vggedge_runtime.errors import BundleError
+
+
+def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest's JSON in place, as a careless or hostile hand would."""
+    source = bundle / "manifest.json"
+    data = json.loads(source.read_bytes())
+    change(data)
+    source.write_text(json.dumps(data))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def names(folder: Path) -> list[str]:
+    """Everything in ``folder``, hidden or not."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write_half(path: Path, error: type[BaseException]) -> None:
+    with write_bundle(path) as folder:
+        (folder / "graphs").mkdir()
+        (folder / "graphs/half").write_bytes(b"...")
+        raise error
+
+
+class TestOpen:
+    def test_what_was_written_is_read(self, tiny_bundle: Path) -> None:
+        manifest = Bundle.open(str(tiny_bundle)).manifest
+        assert manifest.labels == ("red", "green", "blue")
+        assert manifest.image.shape == (4, 6, 3)
+        assert set(manifest.files) == {
+            "graphs/model.fp32.onnx",
+            "golden/inputs.npy",
+            "golden/outputs.fp32.npy",
+            "labels.txt",
+        }
+
+    @pytest.mark.parametrize("place", ["nowhere", "empty", "file"])
+    def test_no_bundle(self, place: str, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "file").touch()
+        with pytest.raises(BundleError, match=rf"{place}: no manifest\.json in it.*vggedge export"):
+            Bundle.open(tmp_path / place)
+
+    @pytest.mark.parametrize(
+        "text",
+        [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format_version": "1"}', b'{"format_version": true}', b"{}"],
+    )
+    def test_damaged(self, text: bytes, tiny_bundle: Path) -> None:
+        (tiny_bundle / "manifest.json").write_bytes(text)
+        with pytest.raises(BundleError, match=r"manifest\.json: damaged manifest"):
+            Bundle.open(tiny_bundle)
+
+    def test_cut_short(self, tiny_bundle: Path) -> None:
+        source = tiny_bundle / "manifest.json"
+        source.write_bytes(source.read_bytes()[:-40])
+        with pytest.raises(BundleError, match="damaged manifest"):
+            Bundle.open(tiny_bundle)
+
+    @pytest.mark.parametrize("field", ["format_version", "labels", "image", "graphs", "golden", "files"])
+    def test_missing_field(self, field: str, tiny_bundle: Path) -> None:
+        edit(tiny_bundle, lambda data: data.pop(field))
+        with pytest.raises(BundleError, match=f"damaged manifest.*{field}"):
+            Bundle.open(tiny_bundle)
+
+    def test_wrong_type(self, tiny_bundle: Path) -> None:
+        edit(tiny_bundle, lambda data: data.update(parameters="many"))
+        with pytest.raises(BundleError, match=r"damaged manifest.*parameters"):
+            Bundle.open(tiny_bundle)
+
+    def test_impossible_image_size(self, tiny_bundle: Path) -> None:
+        edit(tiny_bundle, lambda data: data["image"].update(height=0))
+        with pytest.raises(BundleError, match=r"manifest\.json: damaged manifest.*0x6 is no image size"):
+            Bundle.open(tiny_bundle)
+
+    def test_version_from_the_future(self, tiny_bundle: Path) -> None:
+        edit(tiny_bundle, lambda data: data.update(format_version=FORMAT_VERSION + 1, labels="another schema"))
+        with pytest.raises(BundleError, match=rf"format version {FORMAT_VERSION + 1}; .* up to {FORMAT_VERSION}\. Up"):
+            Bundle.open(tiny_bundle)
+
+    def test_version_without_upgrade(self, tiny_bundle: Path) -> None:
+        edit(tiny_bundle, lambda data: data.update(format_version=-1))
+        with pytest.raises(BundleError, match="damaged manifest"):
+            Bundle.open(tiny_bundle)
+
+    def test_an_older_version_is_upgraded_step_by_step(
+        self, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def age(data: dict[str, Any]) -> None:
+            data["format_version"] = FORMAT_VERSION - 2
+            data["oldest_labels"] = data.pop("labels")
+
+        def rename(old: str, new: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+            return lambda data: {new if key == old else key: value for key, value in data.items()}
+
+        edit(tiny_bundle, age)
+        monkeypatch.setitem(bundles.UPGRADES, FORMAT_VERSION - 2, rename("oldest_labels", "old_labels"))
+        monkeypatch.setitem(bundles.UPGRADES, FORMAT_VERSION - 1, rename("old_labels", "labels"))
+        assert Bundle.open(tiny_bundle).manifest.labels == ("red", "green", "blue")
+
+    def test_fields_of_a_later_minor_change_are_ignored(self, tiny_bundle: Path) -> None:
+        edit(tiny_bundle, lambda data: data.update(note="added by hand"))
+        assert Bundle.open(tiny_bundle).manifest.name == "tiny"
+
+    @pytest.mark.parametrize("name", ["../secret", "graphs/../../secret", "/etc/passwd"])
+    def test_files_outside_the_bundle_are_not_trusted(self, name: str, tiny_bundle: Path) -> None:
+        (tiny_bundle.parent / "secret").write_bytes(b"x")
+        record = {"sha256": hashlib.sha256(b"x").hexdigest(), "size_bytes": 1}
+        edit(tiny_bundle, lambda data: data["files"].update({name: record}))
+        with pytest.raises(BundleError, match="outside the bundle"):
+            Bundle.open(tiny_bundle)
+
+    @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "graphs/other.onnx", ""])
+    @pytest.mark.parametrize(
+        "put",
+        [
+            lambda data, name: data["graphs"]["fp32"].update(file=name),
+            lambda data, name: data["golden"].update(inputs=name),
+            lambda data, name: data["golden"]["outputs"].update(fp32=name),
+        ],
+        ids=["graph", "golden inputs", "golden outputs"],
+    )
+    def test_graphs_and_golden_must_be_covered(
+        self, put: Callable[[dict[str, Any], str], None], name: str, tiny_bundle: Path
+    ) -> None:
+        edit(tiny_bundle, lambda data: put(data, name))
+        with pytest.raises(BundleError, match=r"manifest\.json: .*no hash"):
+            Bundle.open(tiny_bundle)
+
+    def test_graph_lists_those_there_are(self, tiny_bundle: Path) -> None:
+        bundle = Bundle.open(tiny_bundle)
+        assert bundle.graph("fp32").file == "graphs/model.fp32.onnx"
+        with pytest.raises(BundleError, match=r"no graph 'int8'.*it has: fp32"):
+            bundle.graph("int8")
+
+
+class TestVerifiedPath:
+    def test_an_untouched_file(self, tiny_bundle: Path) -> None:
+        assert Bundle.open(tiny_bundle).verified_path("labels.txt") == tiny_bundle / "labels.txt"
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda data: data[:-1],
+            lambda data: b"",
+            lambda data: data + b"\0",
+            lambda data: bytes([data[0] ^ 1]) + data[1:],
+        ],
+        ids=["truncated", "emptied", "longer", "one bit"],
+    )
+    def test_changed_content(self, damage: Callable[[bytes], bytes], tiny_bundle: Path) -> None:
+        bundle = Bundle.open(tiny_bundle)
+        path = tiny_bundle / "graphs/model.fp32.onnx"
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(BundleError, match=r"model\.fp32\.onnx: its content is not what export wrote"):
+            bundle.verified_path("graphs/model.fp32.onnx")
+
+    def test_missing(self, tiny_bundle: Path) -> None:
+        (tiny_bundle / "labels.txt").unlink()
+        with pytest.raises(BundleError, match=r"labels\.txt: missing.*Copy the whole bundle"):
+            Bundle.open(tiny_bundle).verified_path("labels.txt")
+
+    @pytest.mark.parametrize("name", ["extra.txt", "manifest.json", "../labels.txt", "./labels.txt"])
+    def test_not_covered(self, name: str, tiny_bundle: Path) -> None:
+        (tiny_bundle / "extra.txt").touch()
+        with pytest.raises(BundleError, match="covers no file"):
+            Bundle.open(tiny_bundle).verified_path(name)
+
+    def test_a_link_counts_by_what_it_points_to(self, tiny_bundle: Path) -> None:
+        path, store = tiny_bundle / "labels.txt", tiny_bundle.parent / "store.txt"
+        path.rename(store)
+        path.symlink_to(store)
+        bundle = Bundle.open(tiny_bundle)
+        assert bundle.verified_path("labels.txt") == path
+        store.write_text("others\n")
+        with pytest.raises(BundleError, match="not what export wrote"):
+            bundle.verified_path("labels.txt")
+
+    def test_a_folder_in_a_files_place(self, tiny_bundle: Path) -> None:
+        (tiny_bundle / "labels.txt").unlink()
+        (tiny_bundle / "labels.txt").mkdir()
+        with pytest.raises(BundleError, match="missing"):
+            Bundle.open(tiny_bundle).verified_path("labels.txt")
+
+
+class TestWriteManifest:
+    def test_records_all_but_engines(self, tiny_bundle: Path) -> None:
+        manifest = Bundle.open(tiny_bundle).manifest
+        (tiny_bundle / "manifest.json").unlink()
+        (tiny_bundle / "engines/ab").mkdir(parents=True)
+        (tiny_bundle / "engines/ab/fp32.engine").write_bytes(b"plan")
+        (tiny_bundle / "deep/er").mkdir(parents=True)
+        (tiny_bundle / "deep/er/engines").write_bytes(b"no plan")
+        write_manifest(tiny_bundle, manifest)
+        found = Bundle.open(tiny_bundle).manifest.files
+        assert set(found) == {*manifest.files, "deep/er/engines"}
+        assert found["deep/er/engines"].size_bytes == 7
+        assert found["deep/er/engines"].sha256 == hashlib.sha256(b"no plan").hexdigest()
+
+    def test_is_readable_text(self, tiny_bundle: Path) -> None:
+        text = (tiny_bundle / "manifest.json").read_text()
+        assert text.startswith('{\n  "format_version": 1,\n')
+        assert text.endswith("}\n")
+
+    def test_hash_of_more_than_one_block(self, tmp_path: Path) -> None:
+        data = os.urandom((1 << 20) + 3)
+        (tmp_path / "big").write_bytes(data)
+        assert hash_file(tmp_path / "big") == hashlib.sha256(data).hexdigest()
+
+
+class TestWriteBundle:
+    def test_makes_the_folders_above(self, tmp_path: Path) -> None:
+        with write_bundle(tmp_path / "a/b/new") as folder:
+            assert not any(folder.iterdir())
+            (folder / "x").write_text("1")
+        assert content(tmp_path) == {"a/b/new/x": b"1"}
+
+    def test_is_not_there_before_the_end(self, tmp_path: Path) -> None:
+        path = tmp_path / "new"
+        with write_bundle(path) as folder:
+            assert folder.parent == tmp_path  # the same file system, so that the rename is atomic
+            assert not path.exists()
+        assert path.is_dir()
+
+    def test_others_may_read_it(self, tmp_path: Path) -> None:
+        with write_bundle(tmp_path / "new") as folder:
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+        assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o755
+
+    def test_replaces_an_old_bundle_as_a_whole(self, tiny_bundle: Path) -> None:
+        old = content(tiny_bundle)
+        (tiny_bundle / "engines").mkdir()
+        with write_bundle(tiny_bundle) as folder:
+            (folder / "manifest.json").write_text("new")
+            assert content(tiny_bundle) == old
+        assert content(tiny_bundle) == {"manifest.json": b"new"}
+        assert not (tiny_bundle / "engines").exists()
+        assert names(tiny_bundle.parent) == ["tiny"]
+
+    def test_fills_an_empty_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "new").mkdir()
+        with write_bundle(tmp_path / "new") as folder:
+            (folder / "x").touch()
+        assert content(tmp_path) == {"new/x": b""}
+
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+    def test_an_error_leaves_the_old_one_and_nothing_else(self, error: type[BaseException], tiny_bundle: Path) -> None:
+        old = content(tiny_bundle)
+        with pytest.raises(error):
+            write_half(tiny_bundle, error)
+        assert content(tiny_bundle) == old
+        assert names(tiny_bundle.parent) == ["tiny"]
+
+    def test_an_error_leaves_nothing_where_nothing_was(self, tmp_path: Path) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            write_half(tmp_path / "new", KeyboardInterrupt)
+        assert not names(tmp_path)
+
+    def test_a_failing_rename_brings_the_old_one_back(self, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        old = content(tiny_bundle)
+        rename = Path.rename
+
+        def fail(self: Path, target: Path) -> Path:
+            if ".partial-" in self.name:
+                raise OSError("disk says no")
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", fail)
+        with pytest.raises(OSError, match="disk says no"), write_bundle(tiny_bundle):
+            pass
+        assert content(tiny_bundle) == old
+        assert names(tiny_bundle.parent) == ["tiny"]
+
+    @pytest.mark.parametrize("kind", ["file", "folder"])
+    def test_what_is_no_bundle_is_not_replaced(self, kind: str, tmp_path: Path) -> None:
+        place = tmp_path / "mine"
+        if kind == "folder":
+            place.mkdir()
+        (place / "thesis.txt" if kind == "folder" else place).write_text("years of work")
+        old = content(tmp_path)
+        entered = False
+        with pytest.raises(BundleError, match="exists and is no bundle"), write_bundle(place):
+            entered = True
+        assert not entered
+        assert content(tmp_path) == old
+
+    def test_a_file_among_the_folders_above(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(BundleError, match=r"file/deep/new: cannot be written.*file"):
+            check_replaceable(tmp_path / "file/deep/new")
+
+    def test_a_link_stays_a_link(self, tiny_bundle: Path) -> None:
+        current = tiny_bundle.with_name("current")
+        current.symlink_to("tiny")
+        with write_bundle(current) as folder:
+            (folder / "manifest.json").write_text("new")
+        assert current.readlink() == Path("tiny")
+        assert content(tiny_bundle) == {"manifest.json": b"new"}
+        assert names(tiny_bundle.parent) == ["current", "tiny"]
+
+    def test_the_folder_one_stands_in(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "new").mkdir()
+        monkeypatch.chdir(tmp_path / "new")
+        with write_bundle(Path()) as folder:
+            (folder / "x").touch()
+        assert content(tmp_path) == {"new/x": b""}
+
+
+def test_the_manifest_survives_a_round_trip(tiny_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    assert msgspec.json.decode(msgspec.json.encode(manifest), type=type(manifest)) == manifest
