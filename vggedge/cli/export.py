@@ -46,8 +46,10 @@ def command(
         load_tensorrt()
     # TensorFlow's oneDNN allocator never gives memory back: 0.8 GB more for the full VGG-16 until the end.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    network, card = read_model(model)
     with output.progress(quiet=json) as advance:
+        advance(0, 1, "loading the model")
+        network, card = read_model(model)
+        advance(1, 1, "loading the model")
         spec = card.image if card else _spec_from_input(network.inputs[0].shape)
         counts = (calibration_images, evaluation_images)
         sets = _read_images(calibration, evaluation, spec, counts, advance)
@@ -71,10 +73,9 @@ def command(
 
 
 def _spec_from_input(shape: tuple[int | None, ...]) -> ImageSpec:
-    _, height, width, _ = shape
-    if height is None or width is None:
-        raise UsageError(f"the model's input is {shape}; export needs a fixed height and width.")
-    return ImageSpec(height=height, width=width)
+    if len(shape) != 4 or shape[1] is None or shape[2] is None:
+        raise UsageError(f"the model's input is {shape}; export needs images, with a fixed height and width.")
+    return ImageSpec(height=shape[1], width=shape[2])
 
 
 def _read_images(
@@ -150,7 +151,7 @@ def _print_tables(result: ExportResult) -> None:
     before, after = (sum(counts.values()) for counts in (result.converted_op_counts, fp32.op_counts))
     output.print_line(
         f"Graph: {before} nodes from tf2onnx, {after} after the passes. Emulated: a twin of the graph that rounds "
-        "every result to FP16."
+        "every result to FP16.\n"
     )
     if result.engines:
         columns = ["engine", "product", "for compute capability", "size", "built in"]
