@@ -199,7 +199,7 @@ def read_model(path: Path) -> tuple[keras.Model, ModelCard | None]:
         ModelError: missing, not a ``.keras`` file, damaged, or with a card that does not fit.
         MissingDependency: TensorFlow or Keras is not installed.
     """
-    _check_archive(path)
+    card = read_card(path)  # before TensorFlow, whose loading takes seconds
     keras = import_keras()
     lrn_layer()
     try:
@@ -213,10 +213,19 @@ def read_model(path: Path) -> tuple[keras.Model, ModelCard | None]:
             f"{path}: Keras cannot read it ({_first_line(error)}). It is damaged, made by a newer Keras, or "
             "has layers of its own. Write it again with model.save(), from built-in layers."
         ) from error
-    card = _read_card(path)
     if card is not None:
         _check_card(model, card, path)
     return model, card
+
+
+def read_card(path: Path) -> ModelCard | None:
+    """Read the labels and image spec beside the model at ``path`` without TensorFlow; None if both are missing.
+
+    Raises:
+        ModelError: no ``.keras`` file there, or a card that cannot be read.
+    """
+    _check_archive(path)
+    return _read_card(path)
 
 
 def _check_archive(path: Path) -> None:

@@ -6,6 +6,7 @@ out, and the answer is in a NumPy array on the host when the clock stops.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -33,8 +34,12 @@ class BenchConfig(msgspec.Struct, frozen=True, kw_only=True):
     warmup_seconds: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.iterations < 1 or self.seconds < 0 or self.warmup_seconds < 0:
-            raise UsageError("bench: needed are at least 1 iteration and no negative seconds.")
+        times = (self.seconds, self.warmup_seconds)
+        if self.iterations < 1 or not all(math.isfinite(each) and each >= 0 for each in times):
+            raise UsageError(
+                f"bench: {self.iterations} iterations, {self.seconds} s and {self.warmup_seconds} s of warm-up; needed "
+                "are at least 1 iteration and finite times of 0 s or more."
+            )
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,7 +23,8 @@ def require(module: str, extra: str) -> ModuleType:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    # A broken install raises anything: ctypes OSError, NumPy's ABI AttributeError, protobuf TypeError.
+    except Exception as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
         found = "is not installed" if missing else f"is installed but does not import ({error})"
         raise MissingDependency(

@@ -35,7 +35,7 @@ def gpu_name(load: Callable[[str], Any] = ctypes.CDLL) -> str:
     """Name and compute capability of the first GPU: ``"Orin (8.7)"``. Asks the driver, needs no CUDA toolkit.
 
     Raises:
-        EngineError: no NVIDIA driver or no GPU here.
+        EngineError: no NVIDIA driver or no GPU here, or one that does not answer.
     """
     try:
         cuda = load("libcuda.so.1")
@@ -45,13 +45,17 @@ def gpu_name(load: Callable[[str], Any] = ctypes.CDLL) -> str:
     if cuda.cuInit(0) != 0 or cuda.cuDeviceGet(ctypes.byref(device), 0) != 0:
         raise EngineError("the NVIDIA driver is installed but finds no GPU; this step needs one.")
     name = ctypes.create_string_buffer(256)
-    cuda.cuDeviceGetName(name, len(name), device)
-    parts = []
-    for attribute in (_CU_ATTRIBUTE_MAJOR, _CU_ATTRIBUTE_MINOR):
-        value = ctypes.c_int()
-        cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-        parts.append(str(value.value))
-    return f"{name.value.decode()} ({'.'.join(parts)})"
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    statuses = (
+        cuda.cuDeviceGetName(name, len(name), device),
+        cuda.cuDeviceGetAttribute(ctypes.byref(major), _CU_ATTRIBUTE_MAJOR, device),
+        cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CU_ATTRIBUTE_MINOR, device),
+    )
+    if any(statuses):
+        raise EngineError(
+            f"the NVIDIA driver does not say what the GPU is (CUDA statuses {statuses}). Look at it with nvidia-smi."
+        )
+    return f"{name.value.decode()} ({major.value}.{minor.value})"
 
 
 def _cpu_name() -> str:

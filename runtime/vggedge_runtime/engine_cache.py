@@ -87,12 +87,7 @@ def list_engines(bundle: Path) -> list[EngineRecord]:
     Raises:
         EngineError: a record cannot be read.
     """
-    records = []
-    for path in sorted((bundle / ENGINES).glob(f"*/{_RECORD}")):
-        try:
-            records.append(msgspec.json.decode(path.read_bytes(), type=EngineRecord))
-        except msgspec.MsgspecError as error:
-            raise EngineError(f"{path}: damaged ({error}). Delete {path.parent} and build the engine again.") from error
+    records = [_read_record(path) for path in (bundle / ENGINES).glob(f"*/{_RECORD}")]
     return sorted(records, key=lambda record: record.key.graph)
 
 
@@ -100,18 +95,34 @@ def read_engine(bundle: Path, key: EngineKey) -> bytes:
     """The plan that was built for exactly ``key``, its hash checked.
 
     Raises:
-        EngineError: there is none for this key, or its bytes are not what was built.
+        EngineError: there is none for this key, its record is of another, or its bytes are not what was built.
     """
     folder = bundle / ENGINES / key.fingerprint
     if not (folder / _RECORD).is_file():
         raise EngineError(
             f"{bundle}: no engine of graph {key.graph} for {key.product} {key.version} on {', '.join(key.devices)}."
         )
-    record = msgspec.json.decode((folder / _RECORD).read_bytes(), type=EngineRecord)
+    record = _read_record(folder / _RECORD)
+    for field in key.__struct_fields__:
+        found, needed = getattr(record.key, field), getattr(key, field)
+        if found != needed:
+            raise EngineError(
+                f"{folder}: its engine is for {field} {found}, needed is {needed}. Delete it and build it again."
+            )
     plan = folder / record.file
     if not plan.is_file() or hash_file(plan) != record.sha256:
         raise EngineError(f"{plan}: missing or changed since it was built. Delete {folder} and build it again.")
     return plan.read_bytes()
+
+
+def _read_record(path: Path) -> EngineRecord:
+    try:
+        record = msgspec.json.decode(path.read_bytes(), type=EngineRecord)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise EngineError(f"{path}: damaged ({error}). Delete {path.parent} and build the engine again.") from error
+    if Path(record.file).name != record.file:
+        raise EngineError(f"{path}: names the plan {record.file!r} outside its folder; it is not trusted.")
+    return record
 
 
 def _write(path: Path, data: bytes | memoryview) -> None:

@@ -138,6 +138,11 @@ class Session:
             raise BundleError(f"{self.bundle.path}: no golden answer for graph {self.graph!r}. Export it again.")
         inputs = np.load(self.bundle.verified_path(golden.inputs), allow_pickle=False)
         wanted = np.load(self.bundle.verified_path(golden.outputs[self.graph]), allow_pickle=False)
+        if wanted.shape[-1] != len(self.labels):
+            raise BundleError(
+                f"{self.bundle.path}: {len(self.labels)} labels, and its golden answers are of {wanted.shape[-1]} "
+                "classes. The manifest was changed; export it again."
+            )
         found = self._runner.run(check_batch(inputs, self.image_spec))
         problem = describe_difference(wanted, found, GRAPHS[self.graph].golden_tolerance)
         if problem:
@@ -153,6 +158,8 @@ def describe_difference(wanted: NDArray[np.float32], found: NDArray[np.float32],
         return f"the output has shape {found.shape}, needed is {wanted.shape}"
     if not np.isfinite(found).all():
         return "the output holds NaN or infinity"
+    if not np.isfinite(wanted).all():  # every comparison with NaN would pass
+        return "the golden answer holds NaN or infinity"
     largest = float(np.abs(found - wanted).max())
     if largest > tolerance:
         return f"a probability is off by {largest:.3g}, allowed is {tolerance:g}"
@@ -167,6 +174,11 @@ def choose_graph(bundle: Bundle, kind: type[Backend], precision: str) -> str:
     """Name of the graph to run: the one asked for, or the best that the bundle has for this backend."""
     graphs = bundle.manifest.graphs
     if precision in graphs:
+        if precision not in GRAPHS:
+            raise BundleError(
+                f"{bundle.path}: its graph {precision!r} is unknown to this vggedge, which knows {', '.join(GRAPHS)}. "
+                "Upgrade vggedge, or choose another precision."
+            )
         return precision
     if precision == "auto":
         wanted = [name for each in (*kind.precisions, *PRECISIONS) for name in graphs_of(each)]
@@ -180,7 +192,7 @@ def choose_graph(bundle: Bundle, kind: type[Backend], precision: str) -> str:
     for name in wanted:
         if name in graphs:
             return name
+    advice = "" if precision == "auto" else f" with --precision {precision}"
     raise BundleError(
-        f"{bundle.path}: no {precision} graph in this bundle; it has: {', '.join(graphs)}. "
-        f"Export again with --precision {precision}."
+        f"{bundle.path}: no {precision} graph in this bundle; it has: {', '.join(graphs)}. Export again{advice}."
     )

@@ -194,7 +194,7 @@ class TestGoldenCheck:
 
     def test_swapped_colours(self, tmp_path: Path, tiny: Callable[..., Bundle]) -> None:
         bundle = tiny(tmp_path / "b", weights=np.eye(3)[::-1] * 0.05)
-        with pytest.raises(SessionError, match="is off by .*allowed is 0.001"):
+        with pytest.raises(SessionError, match=r"is off by .*allowed is 0\.001"):
             Session.open(bundle)
 
     def test_nan(self, tmp_path: Path, tiny: Callable[..., Bundle]) -> None:

@@ -1,22 +1,39 @@
 """The command line: one file a command; each parses, calls and prints, and holds no logic of its own.
 
 Tables go to stdout, progress and diagnostics to stderr, so that ``--json`` can be piped. Exit codes:
-0 done, 1 failed, 2 wrong usage, 3 a gate (accuracy, latency) was not met.
+0 done, 1 failed, 2 wrong usage, 3 a gate (accuracy, latency) was not met, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import vggedge
 from vggedge.cli import bench, export, images, infer, models, output, train
 from vggedge_runtime.errors import VggedgeError
 
+
+class _Commands(TyperGroup):
+    """Says that Ctrl-C was understood.
+
+    Here, below typer's own handler: that one ends without a word, and with a code that differs between its versions.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, typer.Abort):
+            output.print_error("stopped by Ctrl-C; nothing half-written was left behind.")
+            raise typer.Exit(code=130) from None
+
+
 app = typer.Typer(
     name="vggedge",
+    cls=_Commands,
     help="Train a VGG, export it to FP16 and INT8 TensorRT engines, and run it where TensorFlow cannot go.",
     no_args_is_help=True,
     add_completion=False,
@@ -45,10 +62,10 @@ def _options(
 def main() -> None:
     """Entry point of the ``vggedge`` command."""
     try:
-        app()
+        app(prog_name="vggedge")
     except VggedgeError as error:
         output.print_error(str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        output.print_error("stopped by Ctrl-C; nothing half-written was left behind.")
-        sys.exit(130)
+    except OSError as error:  # the system's answer, not a defect of ours: a full disk, a folder without permission
+        output.print_error(f"the system refused: {error}. Check space and permissions there.")
+        sys.exit(1)

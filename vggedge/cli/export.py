@@ -11,7 +11,7 @@ import typer
 
 from vggedge.cli import output
 from vggedge.data import ImageSet, open_images
-from vggedge.model import ModelCard, read_model
+from vggedge.model import ModelCard, read_card, read_model
 from vggedge_export.pipeline import ExportConfig, ExportResult, export
 from vggedge_export.verification import LabelledImages
 from vggedge_runtime.bundle import check_replaceable
@@ -41,19 +41,23 @@ def command(
         precisions=tuple(part.strip() for part in precision.split(",") if part.strip()),
         engine="auto" if engine else "none",
     )
-    check_replaceable(bundle)  # all that can be refused is refused before TensorFlow loads
+    # All that can be refused is refused before TensorFlow loads.
+    check_replaceable(bundle)
+    card = read_card(model)
+    sources = _open_sources(calibration, evaluation, card.image) if card else None
     if engine:
         load_tensorrt()
     # TensorFlow's oneDNN allocator never gives memory back: 0.8 GB more for the full VGG-16 until the end.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     with output.progress(quiet=json) as advance:
         advance(0, 1, "loading the model")
-        network, card = read_model(model)
+        network, _ = read_model(model)
         advance(1, 1, "loading the model")
         spec = card.image if card else _spec_from_input(network.inputs[0].shape)
-        counts = (calibration_images, evaluation_images)
-        sets = _read_images(calibration, evaluation, spec, counts, advance)
-        labels = _labels(card, sets[2], network.outputs[0].shape[-1], json)
+        sources = sources or _open_sources(calibration, evaluation, spec)
+        labels = _labels(card, sources[0].labels, network.outputs[0].shape[-1], json)
+        chosen, held_out = _divide(*sources, calibration_images, evaluation_images)
+        sets = _load(chosen, "calibration", advance), _load(held_out, "evaluation", advance)
         holder = [network]  # export then has the only reference, and frees the weights when it can
         del network
         result = export(
@@ -78,23 +82,28 @@ def _spec_from_input(shape: tuple[int | None, ...]) -> ImageSpec:
     return ImageSpec(height=shape[1], width=shape[2])
 
 
-def _read_images(
-    calibration: str, evaluation: str | None, spec: ImageSpec, counts: tuple[int, int], advance: output.Advance
-) -> tuple[LabelledImages, LabelledImages, tuple[str, ...]]:
-    """(calibration images, evaluation images, class names of the data)."""
+def _open_sources(calibration: str, evaluation: str | None, spec: ImageSpec) -> tuple[ImageSet, ImageSet | None]:
     source = open_images(calibration, spec)
     if evaluation is None:
-        rest, chosen = source.split(min(0.5, counts[0] / len(source)), seed=0)
+        return source, None
+    proof = open_images(evaluation, spec)
+    if proof.labels != source.labels:
+        raise UsageError(
+            f"--evaluation has the classes {', '.join(proof.labels)}, --calibration has "
+            f"{', '.join(source.labels)}; both need the same."
+        )
+    return source, proof
+
+
+def _divide(
+    source: ImageSet, proof: ImageSet | None, calibration_images: int, evaluation_images: int
+) -> tuple[ImageSet, ImageSet]:
+    """(images to calibrate on, images to prove on): no image is in both unless the user named it twice."""
+    if proof is None:
+        proof, chosen = source.split(min(0.5, calibration_images / len(source)), seed=0)
     else:
-        rest = open_images(evaluation, spec)
-        chosen = _take(source, counts[0])
-        if rest.labels != source.labels:
-            raise UsageError(
-                f"--evaluation has the classes {', '.join(rest.labels)}, --calibration has "
-                f"{', '.join(source.labels)}; both need the same."
-            )
-    held_out = _load(_take(rest, counts[1]), "evaluation", advance)
-    return _load(chosen, "calibration", advance), held_out, source.labels
+        chosen = _take(source, calibration_images)
+    return chosen, _take(proof, evaluation_images)
 
 
 def _take(images: ImageSet, count: int) -> ImageSet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from vggedge.architecture import parse_input
 from vggedge.cli import output
-from vggedge.data import open_images
+from vggedge.data import ImageSet, open_images
 from vggedge_runtime.errors import UsageError
 from vggedge_runtime.preprocess import ImageSpec
 
@@ -28,15 +29,27 @@ def command(
         raise UsageError(f"{folder}: exists and is not empty. Name a new folder.")
     height, width, _ = parse_input(size)
     images = open_images(data, ImageSpec(height=height, width=width))
-    written = []
     with output.progress(quiet=json) as advance:
-        for index, target in enumerate(images.targets):
-            path = folder / images.labels[target] / f"{index:06d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(images.read_one(index)).save(path)
-            written.append(str(path))
-            advance(index + 1, len(images), "writing")
+        names = _write(images, folder.resolve(), advance)
     if json:
-        output.print_json(written)
+        output.print_json([str(folder / name) for name in names])
     else:
-        output.print_line(f"{len(written)} images of {len(images.labels)} classes in {folder}")
+        output.print_line(f"{len(names)} images of {len(images.labels)} classes in {folder}")
+
+
+def _write(images: ImageSet, folder: Path, advance: output.Advance) -> list[str]:
+    """Names of the files in ``folder``; it is complete or not there, because it is written beside and renamed."""
+    names = [f"{images.labels[target]}/{index:06d}.png" for index, target in enumerate(images.targets)]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder.parent}: the folder cannot be made ({error.strerror}). Choose another.") from error
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as staging:
+        content = Path(staging) / "content"  # a folder of its own: the staging folder is not for others to read
+        for label in images.labels:
+            (content / label).mkdir(parents=True)
+        for index, name in enumerate(names):
+            Image.fromarray(images.read_one(index)).save(content / name)
+            advance(index + 1, len(names), "writing")
+        content.rename(folder)
+    return names

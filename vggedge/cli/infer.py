@@ -33,7 +33,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 def command(
     bundle: Annotated[Path, typer.Argument(help="Folder written by vggedge export.")],
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Image files, or folders of them.")],
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE", help="Image files, or folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show an image.")] = 1,
     backend: Annotated[str, typer.Option(help="auto or ort.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, fp16, int8, or the name of a graph.")] = "auto",

@@ -30,6 +30,7 @@ class Advance(Protocol):
 def print_json(result: Any) -> None:
     """Print a msgspec Struct (or plain data) as indented JSON on stdout."""
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(result, enc_hook=_plain), indent=2).decode() + "\n")
+    sys.stdout.flush()  # a reader that has gone is met here, where typer ends quietly, and not at Python's exit
 
 
 def print_line(text: str = "") -> None:

@@ -1,7 +1,11 @@
-"""A bundle of a few hundred bytes, made without TensorFlow: its network names the brightest colour."""
+"""A bundle of a few hundred bytes, made without TensorFlow: its network names the brightest colour.
+
+One place for all tests that need a bundle or the command line.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,3 +134,19 @@ def tiny() -> Any:
 def tiny_bundle(tmp_path: Path) -> Path:
     """Folder of a bundle with one fp32 graph for 4x6 images and the classes red, green, blue."""
     return write_tiny_bundle(tmp_path / "tiny").path
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run ``vggedge ARGUMENTS...`` in this process, as the console script does; gives (exit code, stdout, stderr)."""
+    from vggedge.cli import main
+
+    def run(*arguments: object) -> tuple[object, str, str]:
+        monkeypatch.setenv("COLUMNS", "300")  # typer folds its usage errors to the terminal's width
+        monkeypatch.setattr(sys, "argv", ["vggedge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        found = capsys.readouterr()
+        return ended.value.code, found.out, found.err
+
+    return run

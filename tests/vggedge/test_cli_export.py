@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from vggedge.architecture import get_spec
+from vggedge.cli import export
+from vggedge.data import open_images
+from vggedge.model import ModelCard, build_vgg, write_model
+from vggedge_export.pipeline import ExportResult
+from vggedge_runtime.bundle import Bundle
+from vggedge_runtime.preprocess import ImageSpec
+from vggedge_runtime.session import Session
+
+CommandLine = Callable[..., tuple[object, str, str]]
+FINGERS = ("0", "1", "2", "3", "4", "5")
+
+
+class TestRefusedBeforeTensorFlowLoads:
+    @pytest.fixture(autouse=True)
+    def _block(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whoever reaches for one of these gets another message than the tests want."""
+        for name in ("tensorflow", "keras", "tensorrt", "tensorrt_rtx"):
+            monkeypatch.setitem(sys.modules, name, None)
+
+    @pytest.fixture
+    def place(self, tmp_path: Path, tiny_bundle: Path) -> Path:
+        """Models with all kinds of defects, and things in the way."""
+        (tmp_path / "text.keras").write_text("no archive")
+        (tmp_path / "folder.keras").mkdir()
+        (tmp_path / "weights.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+        for name in ("good", "no-image", "no-labels", "bad-labels", "bad-image"):
+            with zipfile.ZipFile(tmp_path / f"{name}.keras", "w") as archive:
+                archive.writestr("config.json", "{}")
+        (tmp_path / "no-image.labels.txt").write_text("a\nb\n")
+        (tmp_path / "no-labels.image.json").write_text('{"height": 64, "width": 64}')
+        (tmp_path / "bad-labels.labels.txt").write_bytes(b"\xff\xfe")
+        (tmp_path / "bad-labels.image.json").write_text('{"height": 64, "width": 64}')
+        (tmp_path / "bad-image.labels.txt").write_text("a\nb\n")
+        (tmp_path / "bad-image.image.json").write_text('{"height": 0, "width": 64}')
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine/thesis.txt").write_text("years of work")
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("model", "output", "options", "code", "message"),
+        [
+            ("good", "mine", (), 1, "mine: exists and is no bundle"),
+            ("good", "mine/thesis.txt", (), 1, "thesis.txt: exists and is no bundle"),
+            ("good", "mine/thesis.txt/new", (), 1, "thesis.txt/new: cannot be written"),
+            ("good", "new", ("--precision", "fp8"), 2, "precisions are ('fp8',); known: fp32, fp16, int8"),
+            ("good", "new", ("--precision", "fp32,int4,"), 2, "int4"),
+            ("good", "new", ("--precision", " , "), 2, "precisions are ()"),
+            ("good", "new", ("--calibration-images", "0"), 2, "--calibration-images"),
+            ("good", "new", ("--precision",), 2, "--precision"),
+            ("good", "new", ("--engine",), 1, "neither tensorrt nor tensorrt_rtx is installed"),
+            ("nowhere", "new", (), 1, "nowhere.keras: no such file"),
+            ("nowhere", "tiny", (), 1, "nowhere.keras: no such file"),
+            ("text", "new", (), 1, "text.keras: 10 bytes that are no .keras archive"),
+            ("folder", "new", (), 1, "folder.keras: is a folder"),
+            ("weights.h5", "new", (), 1, "weights.h5: not a .keras file"),
+            ("no-image", "new", (), 1, "no-image.labels.txt is beside it, no-image.image.json is not"),
+            ("no-labels", "new", (), 1, "no-labels.image.json is beside it, no-labels.labels.txt is not"),
+            ("bad-labels", "new", (), 1, "bad-labels.labels.txt: not UTF-8"),
+            ("bad-image", "new", (), 1, "0x64 is no image size"),
+        ],
+    )
+    def test_and_everything_is_left_alone(
+        self,
+        model: str,
+        output: str,
+        options: tuple[str, ...],
+        code: int,
+        message: str,
+        place: Path,
+        command_line: CommandLine,
+    ) -> None:
+        def content() -> dict[Path, bytes | None]:
+            return {path: path.read_bytes() if path.is_file() else None for path in place.rglob("*")}
+
+        before = content()
+        name = model if "." in model else f"{model}.keras"
+        arguments = [place / name, "--calibration", "fingers:12", "-o", place / output]
+        engine = () if "--engine" in options else ("--no-engine",)
+        found, out, err = command_line("export", *arguments, *engine, *options)
+        assert message in err
+        assert (found, out) == (code, "")
+        assert content() == before
+
+    def test_a_typo_in_the_data(self, place: Path, command_line: CommandLine) -> None:
+        (place / "good.labels.txt").write_text("a\nb\n")
+        (place / "good.image.json").write_text('{"height": 64, "width": 64}')
+        options = ["--calibration", place / "photoz", "-o", place / "new", "--no-engine"]
+        code, _, err = command_line("export", place / "good.keras", *options)
+        assert code == 1
+        assert "photoz: no such folder" in err
+
+    @pytest.mark.parametrize("missing", ["--calibration", "-o"])
+    def test_needed_options(self, missing: str, place: Path, command_line: CommandLine) -> None:
+        options = {"--calibration": "fingers:12", "-o": place / "new"}
+        del options[missing]
+        given = [each for pair in options.items() for each in pair]
+        code, _, err = command_line("export", place / "good.keras", *given)
+        assert code == 2
+        assert "Missing option" in err
+
+    def test_a_good_model_gets_as_far_as_tensorflow(self, place: Path, command_line: CommandLine) -> None:
+        """Or the tests above would prove nothing."""
+        options = ["--calibration", "fingers:12", "-o", place / "new", "--no-engine"]
+        code, _, err = command_line("export", place / "good.keras", *options)
+        assert code == 1
+        assert "tensorflow" in err
+        assert "vggedge[train]" in err
+
+
+class TestOptions:
+    """With stand-ins for reading the model and for the pipeline."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+        """What the pipeline was asked for; set ``card``, ``shape`` and ``classes`` before."""
+        asked: dict[str, Any] = {"card": None, "shape": (None, 64, 64, 3), "classes": 6}
+
+        def read_model(path: Path) -> Any:
+            sides = SimpleNamespace(shape=asked["shape"]), SimpleNamespace(shape=(None, asked["classes"]))
+            return SimpleNamespace(name="net", inputs=[sides[0]], outputs=[sides[1]]), asked["card"]
+
+        def run(model: Any, path: Path, **options: Any) -> Any:
+            asked.update(options, model=model(), path=path)
+            return {"bundle": str(path)}
+
+        monkeypatch.setattr(export, "read_card", lambda path: asked["card"])
+        monkeypatch.setattr(export, "read_model", read_model)
+        monkeypatch.setattr(export, "export", run)
+        return asked
+
+    def run(self, command_line: CommandLine, *options: object) -> tuple[object, str, str]:
+        return command_line("export", "m.keras", "-o", "new-bundle", "--no-engine", *options)
+
+    def test_what_reaches_the_pipeline(self, asked: dict[str, Any], command_line: CommandLine) -> None:
+        spec = ImageSpec(height=64, width=64, kernel="nearest")
+        asked["card"] = ModelCard(labels=FINGERS, image=spec)
+        options = ["--calibration", "fingers:60", "--calibration-images", 12, "--precision", "int8, fp16", "--json"]
+        code, out, err = self.run(command_line, *options)
+        assert (code, err) == (0, "")
+        assert msgspec.json.decode(out) == {"bundle": "new-bundle"}
+        assert asked["path"] == Path("new-bundle")
+        assert asked["model"].name == "net"
+        assert (asked["image"], asked["labels"]) == (spec, FINGERS)
+        assert (asked["config"].precisions, asked["config"].engine) == (("int8", "fp16"), "none")
+
+    def test_calibration_and_evaluation_share_no_image(self, asked: dict[str, Any], command_line: CommandLine) -> None:
+        assert self.run(command_line, "--calibration", "fingers:60", "--calibration-images", 12, "--json")[0] == 0
+        calibration, evaluation = asked["calibration"], asked["evaluation"]
+        assert (len(calibration.images), len(evaluation.images)) == (12, 48)
+        np.testing.assert_array_equal(np.bincount(calibration.targets), [2] * 6)
+        source = open_images("fingers:60", ImageSpec(height=64, width=64)).read()
+        pixels = [image.tobytes() for part in (calibration, evaluation) for image in part.images]
+        assert sorted(pixels) == sorted(image.tobytes() for image in source)
+        assert len(set(pixels)) == 60
+
+    def test_never_more_than_half_is_for_calibration(self, asked: dict[str, Any], command_line: CommandLine) -> None:
+        assert self.run(command_line, "--calibration", "fingers:24", "--json")[0] == 0
+        assert len(asked["calibration"].images) == len(asked["evaluation"].images) == 12
+
+    def test_evaluation_of_its_own(self, asked: dict[str, Any], command_line: CommandLine) -> None:
+        options = ["--calibration", "fingers:60", "--evaluation", "fingers:18@9", "--calibration-images", 30, "--json"]
+        assert self.run(command_line, *options)[0] == 0
+        assert (asked["calibration"].name, len(asked["calibration"].images)) == ("fingers:60@0", 30)
+        assert (asked["evaluation"].name, len(asked["evaluation"].images)) == ("fingers:18@9", 18)
+
+    def test_without_a_card_the_labels_are_the_datas_and_that_is_said(
+        self, asked: dict[str, Any], command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(export, "_print_tables", lambda result: None)
+        asked["shape"] = (None, 32, 48, 3)
+        code, out, err = self.run(command_line, "--calibration", "fingers:24")
+        assert (code, out) == (0, "")
+        assert "labels are the data's class names" in err
+        assert (asked["labels"], asked["image"]) == (FINGERS, ImageSpec(height=32, width=48))
+        assert "no labels file" not in self.run(command_line, "--calibration", "fingers:24", "--json")[2]
+
+    @pytest.mark.parametrize(
+        ("model", "options", "code", "message"),
+        [
+            ({"classes": 7}, (), 2, "the model has 7 classes and no labels file, and the data has 6"),
+            ({"labels": ("a", "b")}, (), 2, "trained on the classes a, b, the data has 0, 1"),
+            ({"labels": FINGERS[::-1]}, (), 2, "trained on the classes 5, 4"),
+            ({}, ("--evaluation", "{two}"), 2, "--evaluation has the classes cat, dog, --calibration has 0, 1"),
+            ({"shape": (None, None, 64, 3)}, (), 2, "fixed height and width"),
+            ({"shape": (None, 784)}, (), 2, "fixed height and width"),
+            ({}, ("--calibration", "nowhere"), 1, "nowhere: no such folder"),
+            ({}, ("--calibration", "fingers:6"), 1, "a split into two parts needs at least 2"),
+            ({}, ("--calibration", "keras:mnist"), 2, "cannot be read yet"),
+        ],
+    )
+    def test_what_does_not_fit(
+        self,
+        model: dict[str, Any],
+        options: tuple[str, ...],
+        code: int,
+        message: str,
+        asked: dict[str, Any],
+        tmp_path: Path,
+        command_line: CommandLine,
+    ) -> None:
+        for name in ("cat", "dog"):
+            (tmp_path / "two" / name).mkdir(parents=True)
+            (tmp_path / "two" / name / "1.png").touch()
+        asked.update(model)
+        if "labels" in model:
+            asked["card"] = ModelCard(labels=model["labels"], image=ImageSpec(height=64, width=64))
+        filled = [each.format(two=tmp_path / "two") for each in options]
+        found, out, err = self.run(command_line, "--calibration", "fingers:24", *filled, "--json")
+        assert message in err
+        assert (found, out) == (code, "")
+        assert "config" not in asked
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained network for 32x32 images: what is tested is the way, not the accuracy."""
+    pytest.importorskip("tensorflow")
+    path = tmp_path_factory.mktemp("model") / "small.keras"
+    card = ModelCard(labels=FINGERS, image=ImageSpec(height=32, width=32))
+    write_model(build_vgg(get_spec("vgg9-compact", input=(32, 32, 3)), seed=3), path, card)
+    return path
+
+
+def test_a_real_export(
+    model: Path, tiny_bundle: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Into the place of an older bundle; its JSON is the whole result, its tables say the same."""
+    options = ["--calibration", "fingers:36", "--calibration-images", 12, "--precision", "int8", "--no-engine"]
+    code, out, _ = command_line("export", model, "-o", tiny_bundle, *options, "--json")
+    assert code == 0
+    result = msgspec.json.decode(out, type=ExportResult)
+    assert result.bundle == str(tiny_bundle)
+    assert result.engines == ()
+    assert result.manifest == Bundle.open(tiny_bundle).manifest
+    assert tuple(result.manifest.graphs) == ("fp32", "int8", "int8-rtx")
+    fp32, int8 = result.manifest.graphs["fp32"].evidence, result.manifest.graphs["int8"].evidence
+    assert (fp32.against, fp32.images, fp32.agreement.count) == ("keras", 24, 24)
+    assert fp32.max_abs_difference < 1e-4
+    assert fp32.accuracy == result.keras_accuracy
+    assert int8.against == "fp32"
+    assert [path.name for path in tiny_bundle.parent.iterdir()] == ["tiny"]
+
+    image = open_images("fingers:1@5", result.manifest.image).read()
+    with Session.open(tiny_bundle, precision="fp32") as exact, Session.open(tiny_bundle, precision="int8") as coarse:
+        np.testing.assert_allclose(exact.predict(image), coarse.predict(image), atol=0.1)
+
+    export._print_tables(result)
+    shown = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in shown.splitlines() if line.strip()}
+    assert "Proof on fingers:36@0, 24 images" in shown
+    assert {"fp32", "int8", "int8-rtx"} <= set(rows)
+    assert f"Bundle: {tiny_bundle}" in shown
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(1, "0.0 kB"), (1_234, "1.2 kB"), (99_999, "100.0 kB"), (100_000, "0.10 MB"), (5e8, "500.00 MB")]
+)
+def test_format_bytes(size: int, text: str) -> None:
+    assert export.format_bytes(size) == text
