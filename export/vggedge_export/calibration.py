@@ -21,8 +21,9 @@ def largest_magnitudes(
 ) -> dict[str, float]:
     """Largest absolute value of every tensor over all images.
 
-    The maximum is taken inside the graph, so that nothing but one number a tensor leaves it, whatever the
-    image size; and a maximum does not depend on how the images fall into batches.
+    The maximum is taken inside the graph, so that nothing but two numbers a tensor leave it, whatever the
+    image size; and a maximum does not depend on how the images fall into batches. The second number is a mean:
+    ONNX Runtime's maximum passes over NaN, a mean does not.
 
     Args:
         graph: FP32 graph; not changed.
@@ -35,25 +36,19 @@ def largest_magnitudes(
     Raises:
         ConversionError: a tensor is not finite on some image, or zero on all.
     """
-    probe = graph.copy()
-    probe.outputs = []
-    for tensor in tensors:
-        magnitude, largest = f"{tensor}/calibration_abs", f"{tensor}/calibration_max"
-        probe.nodes.append(make_node("Abs", [tensor], magnitude))
-        probe.nodes.append(make_node("ReduceMax", [magnitude], largest, keepdims=0))
-        probe.outputs.append(value_info(largest, np.float32, []))
-    probe.drop_unused()
-    probe.write(scratch)
-    del probe
+    tensors = list(dict.fromkeys(tensors))  # two layers may read one tensor
+    _write_probe(graph, tensors, scratch)
     session = open_ort_session(scratch)
     scratch.unlink()
     maxima = np.zeros(len(tensors))
     for start in range(0, len(images), batch):
-        found = np.array(session.run(None, {INPUT: images[start : start + batch]}), dtype=np.float64)
-        if not np.isfinite(found).all():
-            bad = tensors[int(np.flatnonzero(~np.isfinite(found))[0])]
+        answers = session.run(None, {INPUT: images[start : start + batch]})
+        largest, mean = np.array(answers, dtype=np.float64).reshape(len(tensors), 2).T
+        finite = np.isfinite(largest) & np.isfinite(mean)
+        if not finite.all():
+            bad = tensors[int(np.flatnonzero(~finite)[0])]
             raise ConversionError(f"{bad}: not finite on a calibration image. The model itself is broken there.")
-        maxima = np.maximum(maxima, found)
+        maxima = np.maximum(maxima, largest)
         progress(min(start + batch, len(images)), len(images), "calibrating")
     dead = [tensor for tensor, value in zip(tensors, maxima, strict=True) if value == 0]
     if dead:
@@ -62,3 +57,18 @@ def largest_magnitudes(
             "Either the images are unlike the training images, or the layer died in training: check accuracy first."
         )
     return dict(zip(tensors, map(float, maxima), strict=True))
+
+
+def _write_probe(graph: Graph, tensors: Sequence[str], path: Path) -> None:
+    """Write a graph that answers, for every tensor, the maximum and the mean of its absolute values."""
+    probe = graph.copy()
+    probe.outputs = []
+    for tensor in tensors:
+        magnitude = f"{tensor}/calibration_abs"
+        probe.nodes.append(make_node("Abs", [tensor], magnitude))
+        for op in ("ReduceMax", "ReduceMean"):
+            result = f"{tensor}/calibration_{op}"
+            probe.nodes.append(make_node(op, [magnitude], result, keepdims=0))
+            probe.outputs.append(value_info(result, np.float32, []))
+    probe.drop_unused()
+    probe.write(path)

@@ -65,12 +65,13 @@ def graph_from_keras(model: keras.Model, normalization: Normalization | None = N
             warnings.simplefilter("ignore")  # tf2onnx's own use of deprecated NumPy and TensorFlow names
             traced = tf.function(infer, input_signature=specs)
             proto, _ = tf2onnx.convert.from_function(traced, input_signature=specs, opset=_TF2ONNX_OPSET)
+            captures = traced.get_concrete_function().graph.captures  # the trace that was just converted
     except Exception as error:  # tf2onnx raises whatever its handlers happen to raise
         raise ConversionError(
             f"tf2onnx could not convert {model.name!r}: {error}. Check that every layer is one that ONNX has."
         ) from error
     graph = graph_from_model(proto)
-    _join_weights(graph, variables)
+    _join_weights(graph, variables, {inside.name: outside for outside, inside in captures})
     graph.rename_tensor(graph.outputs[0].name, OUTPUT)
     graph.inputs = [value_info(INPUT, np.uint8, ["N", *model.inputs[0].shape[1:]])]
     graph.outputs = [value_info(OUTPUT, np.float32, ["N", model.outputs[0].shape[-1]])]
@@ -80,6 +81,11 @@ def graph_from_keras(model: keras.Model, normalization: Normalization | None = N
 
 def check_exportable(model: keras.Model, normalization: Normalization | None) -> None:
     """Raise ModelError unless the model maps one RGB image of fixed size to class scores and normalises once."""
+    if not hasattr(model, "inputs"):
+        raise ModelError(
+            f"{model.name}: it has no defined inputs yet; export needs the image's size. Begin the model with "
+            "keras.Input((height, width, 3)), or wrap it: keras.Model(inputs, model(inputs))."
+        )
     if len(model.inputs) != 1 or len(model.outputs) != 1:
         raise ModelError(
             f"{model.name}: {len(model.inputs)} inputs and {len(model.outputs)} outputs; export needs one image "
@@ -115,13 +121,17 @@ def check_probabilities(graph: Graph) -> None:
         )
 
 
-def _join_weights(graph: Graph, variables: dict[str, Any]) -> None:
-    """Give every weight argument that the graph still reads its value, and remember whose it is."""
+def _join_weights(graph: Graph, variables: dict[str, Any], constants: dict[str, Any]) -> None:
+    """Give every weight argument that the graph still reads its value, and remember whose it is.
+
+    ``constants`` are tensors that a layer holds outside its variables, as Normalization does; they have no owner.
+    """
     for value in graph.inputs:
-        if value.name != INPUT:
-            variable = variables[value.name]
-            graph.weights[value.name] = np.asarray(variable)
-            graph.layer_of[value.name] = variable.path.rpartition("/")[0]
+        if value.name in variables:
+            graph.weights[value.name] = np.asarray(variables[value.name])
+            graph.layer_of[value.name] = variables[value.name].path.rpartition("/")[0]
+        elif value.name != INPUT:
+            graph.weights[value.name] = np.asarray(constants[value.name])
     graph.drop_unused()
 
 

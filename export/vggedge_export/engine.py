@@ -66,7 +66,7 @@ def build_engine(api: TensorRtApi, source: Path, image: tuple[int, int, int], co
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(source)):
-        reasons = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
+        reasons = "; ".join(_parser_reason(parser.get_error(index)) for index in range(parser.num_errors))
         raise EngineError(f"{api.product} {api.version} does not parse the graph: {reasons}.")
     settings = builder.create_builder_config()
     settings.max_aux_streams = 0  # VGG is a chain; a second stream only adds synchronisation
@@ -98,6 +98,12 @@ def build_into(bundle: Path, api: TensorRtApi, graph: str, config: EngineConfig)
         options={},
     )
     return write_engine(bundle, key, plan, time.perf_counter() - started)
+
+
+def _parser_reason(error: Any) -> str:
+    """What the parser says, and about which node: the description of an unknown op is the word "false"."""
+    where = f"{error.node_operator()} {error.node_name()!r}: " if error.node_operator() else ""
+    return f"{where}{error.code().name}, {error.desc()}"
 
 
 def _set_targets(api: TensorRtApi, settings: Any) -> None:

@@ -29,7 +29,11 @@ def equalized_graph(graph: Graph) -> Graph:
     twin = graph.copy()
     layers = list(nodes_of(twin, "Conv", "Gemm"))
     ranges = {layer.name: _channel_ranges(twin, layer) for layer in layers}
-    pairs = [(layer, behind) for layer in layers if (behind := _next_layer(twin, layer)) is not None]
+    pairs = [
+        (layer, behind)
+        for layer in layers
+        if (behind := _next_layer(twin, layer)) is not None and _are_their_own(twin, layer, behind)
+    ]
     scales = {first.name: np.ones(len(ranges[first.name])) for first, _ in pairs}
     for _ in range(_SWEEPS):
         for first, second in pairs:
@@ -62,6 +66,11 @@ def _next_layer(graph: Graph, layer: onnx.NodeProto) -> onnx.NodeProto | None:
     while node is not None and node.op_type in _HOMOGENEOUS:
         node = graph.only_consumer(node.output[0])
     return node if node is not None and node.op_type in {"Conv", "Gemm"} else None
+
+
+def _are_their_own(graph: Graph, first: onnx.NodeProto, second: onnx.NodeProto) -> bool:
+    """Whether no other layer reads the weights that would be scaled."""
+    return all(len(graph.consumers(name)) == 1 for name in (*first.input[1:], second.input[1]))
 
 
 def _apply(graph: Graph, first: onnx.NodeProto, second: onnx.NodeProto, scale: NDArray[np.float64]) -> None:

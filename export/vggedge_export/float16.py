@@ -64,7 +64,7 @@ def _float16_weight(name: str, array: Weight) -> Weight:
     if array.dtype != np.float32:
         return array
     largest = max(float(array.max(initial=0.0)), -float(array.min(initial=0.0)))  # no copy, as abs() would be
-    if largest > _LARGEST:
+    if not largest <= _LARGEST:  # NaN too
         raise ConversionError(
             f"{name}: a weight is {largest:.4g}, and FP16 ends at {_LARGEST:.0f}. Export without fp16, or retrain "
             "with weight decay so that the layer's weights shrink."

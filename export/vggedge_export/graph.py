@@ -89,7 +89,13 @@ class Graph:
         return name
 
     def rename_tensor(self, old: str, new: str) -> None:
-        """Rename a tensor everywhere; graph inputs and outputs follow."""
+        """Rename a tensor everywhere; graph inputs and outputs follow.
+
+        Raises:
+            ConversionError: another tensor has the new name; both would silently become one.
+        """
+        if new != old and (new in self.weights or self.producer(new) is not None):
+            raise ConversionError(f"{old} cannot be called {new}: that name is taken. This is a defect in vggedge.")
         for node in self.nodes:
             _replace(node.input, old, new)
             _replace(node.output, old, new)
@@ -230,12 +236,12 @@ def _varint(value: int) -> bytes:
 def graph_from_model(model: onnx.ModelProto) -> Graph:
     """Take a ModelProto apart; Constant nodes become weights."""
     onnx = require("onnx", "export")
-    require("onnx.reference", "export")
+    reference = require("onnx.reference", "export")
     weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     nodes = []
     for node in model.graph.node:
         if node.op_type == "Constant":
-            weights[node.output[0]] = onnx.reference.ReferenceEvaluator(node).run(None, {})[0]
+            weights[node.output[0]] = reference.ReferenceEvaluator(node).run(None, {})[0]
         else:
             nodes.append(clone(node))
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))

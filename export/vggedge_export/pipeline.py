@@ -339,8 +339,9 @@ def _check_inputs(model: keras.Model, inputs: _Inputs) -> None:
     for data in (inputs.calibration, inputs.evaluation):
         if data.images.shape[1:] != inputs.image.shape:
             raise DataError(f"{data.name}: images of {data.images.shape[1:]}, needed is {inputs.image.shape}.")
-        if int(data.targets.max()) >= classes:
-            raise DataError(f"{data.name}: class number {int(data.targets.max())}; the model has {classes} classes.")
+        for target in (int(data.targets.min()), int(data.targets.max())):
+            if not 0 <= target < classes:
+                raise DataError(f"{data.name}: class number {target}; the model has {classes} classes, from 0 on.")
 
 
 def _describe(data: LabelledImages) -> str:

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     import onnx
 
 _STEPS = 127  # symmetric: -127..127, zero point 0, the only one that TensorRT takes on a GPU
-_SMALLEST_SCALE = float(np.finfo(np.float16).smallest_normal)  # below it an FP16 scale loses its digits
+_SMALLEST_SCALE = {
+    np.dtype(np.float16): float(np.finfo(np.float16).smallest_normal),  # below it an FP16 scale loses its digits
+    np.dtype(np.float32): 2.0**-64,  # far below any weight, and its product with another scale is still a number
+}
+"""What a channel of zeros gets, too: a scale has to be above 0."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def quantized_graph(graph: Graph, recipe: QuantizationRecipe, magnitudes: Mappin
     for layer in quantized_layers(twin, recipe):
         data, kernel = layer.input[0], layer.input[1]
         dtype = twin.weights[kernel].dtype
-        layer.input[0] = _quantize_activation(twin, layer, data, dtype.type(max(scales[data], _SMALLEST_SCALE)))
+        layer.input[0] = _quantize_activation(twin, layer, data, dtype.type(max(scales[data], _SMALLEST_SCALE[dtype])))
         layer.input[1] = _quantize_weights(twin, layer, kernel, recipe.per_channel)
     twin.drop_unused()
     return twin
@@ -105,8 +109,10 @@ def _quantize_activation(graph: Graph, layer: onnx.NodeProto, data: str, scale: 
 
 def _quantize_weights(graph: Graph, layer: onnx.NodeProto, kernel: str, per_channel: bool) -> str:
     """Replace ``kernel`` by int8 steps and a DQ; returns the dequantised tensor's name."""
-    steps, scale = int8_steps(graph.weights[kernel], per_channel)
     names = {role: f"{kernel}_{role}" for role in ("int8", "scale", "zero_point", "dequantized")}
+    if names["int8"] in graph.weights:  # a layer that is used twice
+        return names["dequantized"]
+    steps, scale = int8_steps(graph.weights[kernel], per_channel)
     graph.weights[names["int8"]] = steps
     graph.weights[names["scale"]] = scale
     graph.weights[names["zero_point"]] = np.zeros(scale.shape, np.int8)
@@ -123,7 +129,7 @@ def int8_steps(weights: NDArray[np.floating], per_channel: bool) -> tuple[NDArra
     rows = weights.reshape(len(weights), -1)
     largest = np.maximum(rows.max(axis=1), -rows.min(axis=1)).astype(np.float32)  # no copy, as abs() would be
     extent = largest if per_channel else largest.max()
-    scale = np.maximum(extent / _STEPS, _SMALLEST_SCALE).astype(weights.dtype)
+    scale = np.maximum(extent / _STEPS, _SMALLEST_SCALE[weights.dtype]).astype(weights.dtype)
     divisors = np.broadcast_to(scale.astype(np.float32), len(rows))
     steps = np.empty(rows.shape, np.int8)
     for index, row in enumerate(rows):  # row by row: fc1 of VGG-16 would need 1.2 GB of scratch at once

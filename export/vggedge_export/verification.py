@@ -81,8 +81,14 @@ def compare_scores(
     """Compare two sets of answers to the same images; all arrays have n rows.
 
     Raises:
-        ConversionError: the candidate's answers are not finite.
+        ConversionError: answers of either side are not finite.
     """
+    if not np.isfinite(reference).all():  # every comparison with NaN would pass
+        rows = int((~np.isfinite(reference)).any(axis=1).sum())
+        raise ConversionError(
+            f"{rows} of {len(reference)} answers of {against} are NaN or infinite. The model itself is broken there: "
+            "look for weights that are not finite."
+        )
     if not np.isfinite(candidate).all():
         rows = int((~np.isfinite(candidate)).any(axis=1).sum())
         raise ConversionError(

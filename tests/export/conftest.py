@@ -72,7 +72,7 @@ def convert_vgg(randomise: Callable[..., None], pictures: np.ndarray) -> Callabl
     def convert(name: str, normalization: str | None = None) -> Converted:
         model = build_vgg(get_spec(name, input=(32, 32, 3), classes=5, normalization=normalization), seed=3)
         randomise(model)
-        features = keras.Model(model.inputs, model.layers[-2].output)
+        features = keras.Model(model.inputs[0], model.layers[-2].output)
         found = np.asarray(features(pictures.astype(np.float32), training=False))
         kernel, bias = model.layers[-1].get_weights()
         kernel *= 1.5 / (found @ kernel).std()  # else the softmax is 0 or 1, whatever comes before it

@@ -206,7 +206,7 @@ def test_a_broken_graph_is_neither_checked_nor_written(damage: object, tmp_path:
     graph = chain()
     graph.check()
     damage(graph)  # type: ignore[operator]
-    with pytest.raises(ConversionError, match="(?s)not valid ONNX.*defect in vggedge"):
+    with pytest.raises(ConversionError, match=r"(?s)not valid ONNX.*defect in vggedge"):
         graph.check()
     with pytest.raises(ConversionError, match="not valid ONNX"):
         graph.write(tmp_path / "graph.onnx")
@@ -246,7 +246,7 @@ def test_shapes_of_a_static_graph_are_numbers() -> None:
 def test_op_counts_are_most_frequent_first() -> None:
     graph = chain()
     graph.nodes.append(make_node("Relu", ["y"], "z"))
-    assert list(graph.op_counts().items())[0] == ("Relu", 2)
+    assert next(iter(graph.op_counts().items())) == ("Relu", 2)
     assert graph.op_counts() == {"Relu": 2, "Mul": 1, "Add": 1, "Abs": 1}
 
 

@@ -27,7 +27,8 @@ def run(graph: Graph) -> int:
         is_turned = turned is not None and turned.op_type == "Transpose"
         source = turned.input[0] if turned is not None and is_turned else reshape.input[0]
         shape = shapes.get(source, ())
-        if len(shape) != 4 or not all(isinstance(size, int) and size for size in shape[1:]):
+        is_image = len(shape) == 4 and all(isinstance(size, int) and size for size in shape[1:])
+        if not is_image or len(shapes.get(reshape.output[0], ())) != 2:
             continue
         channels, height, width = (int(size) for size in shape[1:])
         dense = _dense_behind(graph, reshape)

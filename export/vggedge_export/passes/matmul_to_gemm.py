@@ -25,7 +25,7 @@ def run(graph: Graph) -> int:
         if kernel not in graph.weights or graph.weights[kernel].ndim != 2 or len(shapes.get(data, ())) != 2:
             continue
         turned = graph.new_name(f"{kernel}_t")
-        graph.weights[turned] = graph.weights.pop(kernel).T
+        graph.weights[turned] = graph.weights[kernel].T  # a view; a second layer may read the original
         if kernel in graph.layer_of:
             graph.layer_of[turned] = graph.layer_of[kernel]
         inputs, last = [data, turned], matmul

@@ -5,6 +5,7 @@ Reports, calibration, engines and profilers quote these names; an engineer finds
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from vggedge_export.graph import INPUT, OUTPUT, Graph
@@ -30,7 +31,7 @@ _HEAD_ROLES = {
 
 def run(graph: Graph) -> int:
     """Rename everything; returns the number of nodes that got a new name."""
-    names: dict[str, int] = {}
+    taken: set[str] = set()
     layer, changes = "head", 0
     for node in graph.nodes:
         owner = _owner(graph, node)
@@ -38,15 +39,20 @@ def run(graph: Graph) -> int:
         wanted = layer if owner or node.op_type not in _ROLES_OF_FOLLOWERS else f"{layer}/{_role(node)}"
         if layer == "head":
             wanted = f"head/{_HEAD_ROLES.get(node.op_type, node.op_type.lower())}"
-        names[wanted] = names.get(wanted, 0) + 1
-        if names[wanted] > 1:  # a layer used twice, or two ops in one role
-            wanted = f"{wanted}_{names[wanted]}"
+        wanted = _free_name(wanted, taken)
+        taken.add(wanted)
         changes += node.name != wanted
         _rename(graph, node, wanted)
     return changes
 
 
 _ROLES_OF_FOLLOWERS = frozenset({"Relu", "Softmax", "Sigmoid", "Tanh", "Clip", "Identity", "Add", "Mul", "Sub", "Div"})
+
+
+def _free_name(wanted: str, taken: set[str]) -> str:
+    """``wanted``, numbered from 2 where a layer is used twice or two ops have one role."""
+    numbered = (f"{wanted}_{number}" for number in itertools.count(2))
+    return next(name for name in itertools.chain([wanted], numbered) if name not in taken)
 
 
 def _role(node: onnx.NodeProto) -> str:
@@ -68,7 +74,8 @@ def _layer_without_weights(node: onnx.NodeProto) -> str | None:
 def _rename(graph: Graph, node: onnx.NodeProto, name: str) -> None:
     node.name = name
     if not graph.is_output(node.output[0]):
-        graph.rename_tensor(node.output[0], name)
+        # A layer may be called like the graph's input or output; its tensor may not.
+        graph.rename_tensor(node.output[0], f"{name}/result" if name in (INPUT, OUTPUT) else name)
     weights = [entry for entry in node.input if entry in graph.weights]
     roles = _WEIGHT_ROLES.get(node.op_type, ("value",))
     for index, old in enumerate(weights):

@@ -35,7 +35,7 @@ def run(graph: Graph) -> int:
     """Raise ``graph.opset`` to OPSET.
 
     Raises:
-        ConversionError: the opset is newer already, or an op changed its meaning on the way.
+        ConversionError: the opset is newer already, or an op is unknown or changed its meaning on the way.
     """
     if graph.opset == OPSET:
         return 0
@@ -45,7 +45,10 @@ def run(graph: Graph) -> int:
             f"the graph has opset {graph.opset}; vggedge writes {OPSET}, the newest that TensorRT 10.3 parses."
         )
     for op in graph.op_counts():
-        old, new = onnx.defs.get_schema(op, graph.opset), onnx.defs.get_schema(op, OPSET)
+        try:
+            old, new = onnx.defs.get_schema(op, graph.opset), onnx.defs.get_schema(op, OPSET)
+        except onnx.defs.SchemaError as error:
+            raise ConversionError(f"op {op} is none of ONNX's own. Replace the layer that it came from.") from error
         if old.since_version != new.since_version and op not in _SAME_MEANING:
             raise ConversionError(
                 f"op {op} changed between opset {graph.opset} and {OPSET}, and no exact upgrade of it is known "
