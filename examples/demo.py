@@ -15,8 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from vggedge.cli.export import format_bytes
-from vggedge.cli.output import print_line, print_table
+from vggedge.cli.output import format_bytes, print_line, print_table
 from vggedge_runtime import Bundle
 from vggedge_runtime.engine_cache import list_engines
 from vggedge_runtime.tensorrt_api import installed_products

@@ -46,6 +46,11 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         for number, label in enumerate(self.labels, start=1):
             if not label.strip() or len(label.splitlines()) != 1:
                 raise ModelError(f"label {number} is {label!r}; needed is one line of text that is not blank.")
+            if not label.isprintable() and any("\ud800" <= each <= "\udfff" for each in label):
+                raise ModelError(
+                    f"label {number} is {label!r}, which is no text: a folder's name was written in another encoding "
+                    "than UTF-8. Rename the folder."
+                )
 
 
 def import_keras() -> Any:
@@ -170,7 +175,7 @@ def check_output(path: Path) -> Path:
 def write_model(model: keras.Model, path: Path, card: ModelCard) -> list[Path]:
     """Write ``MODEL.keras``, ``MODEL.labels.txt`` and ``MODEL.image.json``; returns the three paths.
 
-    They are complete or not there at all: written to a temporary folder beside, then renamed.
+    Each is complete or not there at all: all three are written to a temporary folder beside, then renamed.
 
     Raises:
         UsageError: ``path`` is no place for a model (see check_output).

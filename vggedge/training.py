@@ -160,9 +160,10 @@ def train(
     report = advance or _ignore
     started = time.perf_counter()
     _check_data(spec, data)
-    if len(data) * math.prod(spec.input) <= config.memory_bytes:
-        data = _hold_images(data, spec, report)
     training, validation = data.split(config.validation_share, config.seed)
+    if len(data) * math.prod(spec.input) <= config.memory_bytes:
+        training = _hold_images(training, spec, report, "reading training images")
+        validation = _hold_images(validation, spec, report, "reading validation images")
 
     report(0, 1, "loading TensorFlow")
     keras = import_keras()
@@ -224,13 +225,13 @@ def _check_data(spec: VggSpec, data: ImageSet) -> None:
         )
 
 
-def _hold_images(data: ImageSet, spec: VggSpec, report: Advance) -> ImageSet:
+def _hold_images(data: ImageSet, spec: VggSpec, report: Advance, what: str) -> ImageSet:
     """Read every image once, and give the same set from memory: uint8, a quarter of what floats take."""
     images: Pixels = np.empty((len(data), *spec.input), dtype=np.uint8)
     for index in range(len(data)):
         images[index] = data.read_one(index)
         if (index + 1) % _READ_STEP == 0 or index + 1 == len(data):
-            report(index + 1, len(data), "reading images")
+            report(index + 1, len(data), what)
     return replace(data, read_one=lambda i: images[i])
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,10 +98,10 @@ def check_exportable(model: keras.Model, normalization: Normalization | None) ->
             f"{model.name}: its input is {size}; needed is (None, height, width, 3), channels last and of fixed "
             "size. Rebuild the model with keras.Input((height, width, 3))."
         )
-    inside = [layer.name for layer in model.layers[:3] if type(layer).__name__ in {"Rescaling", "Normalization"}]
-    if inside and normalization is not None:
+    inside = normalizing_layer(model)
+    if inside is not None and normalization is not None:
         raise ModelError(
-            f"{model.name}: its layer {inside[0]!r} normalises the image, and so would the image spec. "
+            f"{model.name}: its layer {inside!r} normalises the image, and so would the image spec. "
             "Remove `normalization` from the image spec; doing both gives wrong answers."
         )
     if len(scores) != 2 or not scores[1] or scores[1] < 2:
@@ -108,6 +109,20 @@ def check_exportable(model: keras.Model, normalization: Normalization | None) ->
             f"{model.name}: its output is {scores}; needed is (None, classes) with at least 2 classes. "
             "End the model with a Dense layer of one unit a class and a softmax."
         )
+
+
+def normalizing_layer(model: keras.Model) -> str | None:
+    """Name of the first Rescaling or Normalization layer before any convolution or dense layer, else None.
+
+    Nested models are looked through. Behind the first kernel such a layer works on features, not on the image.
+    """
+    keras_layers = require("keras", "train").layers
+    for layer in _layers_within(model):
+        if isinstance(layer, (keras_layers.Rescaling, keras_layers.Normalization)):
+            return str(layer.name)
+        if any("kernel" in weight.name for weight in layer.weights):
+            return None
+    return None
 
 
 def check_probabilities(graph: Graph) -> None:
@@ -119,6 +134,15 @@ def check_probabilities(graph: Graph) -> None:
             f"the model ends in {found}, not in a softmax, so its output is no probability of each class. "
             "Add keras.layers.Softmax() behind the last layer, or give that layer activation='softmax'."
         )
+
+
+def _layers_within(model: Any) -> Iterator[Any]:
+    """Layers of ``model`` in order, each nested model (or keras.layers.Pipeline) replaced by its own."""
+    for layer in model.layers:
+        if hasattr(layer, "layers"):
+            yield from _layers_within(layer)
+        else:
+            yield layer
 
 
 def _join_weights(graph: Graph, variables: dict[str, Any], constants: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vggedge.architecture import NORMALIZATIONS, SPECS
-from vggedge_export.conversion import check_exportable, check_probabilities, graph_from_keras
+from vggedge_export.conversion import check_exportable, check_probabilities, graph_from_keras, normalizing_layer
 from vggedge_export.graph import Graph, value_info
 from vggedge_export.passes import apply_passes
 from vggedge_runtime.errors import ConversionError, ModelError
@@ -230,6 +230,46 @@ def test_normalising_twice_is_refused(head: str) -> None:
     with pytest.raises(ModelError, match=f"its layer '{name}' normalises the image, and so would the image spec"):
         graph_from_keras(model, IMAGENET)
     check_exportable(model, None)
+
+
+def rescaling() -> Any:
+    return layers.Rescaling(1 / 255, name="scaled")
+
+
+def augmented() -> tuple[Any, ...]:
+    return layers.RandomFlip(), layers.RandomRotation(0.1), layers.RandomZoom(0.1), rescaling()
+
+
+NORMALISING: dict[str, tuple[Callable[[], Any], str | None]] = {
+    "first": (lambda: small(conv(), head=(rescaling(),)), "scaled"),
+    "after augmentation": (lambda: small(conv(), head=augmented()), "scaled"),
+    "in a nested model": (lambda: small(conv(), head=(keras.Sequential([rescaling()]),)), "scaled"),
+    "two models deep": (
+        lambda: small(conv(), head=(keras.Sequential([keras.Sequential(augmented())]),)),
+        "scaled",
+    ),
+    "in a pipeline": (lambda: small(conv(), head=(layers.Pipeline([rescaling()]),)), "scaled"),
+    "sequential": (
+        lambda: keras.Sequential([keras.Input((8, 8, 3)), *augmented(), layers.Flatten(), layers.Dense(3)]),
+        "scaled",
+    ),
+    "before a separable convolution": (lambda: small(layers.SeparableConv2D(4, 3), head=(rescaling(),)), "scaled"),
+    "behind a convolution": (lambda: small(conv(), rescaling()), None),
+    "behind a depthwise convolution": (lambda: small(layers.DepthwiseConv2D(3), rescaling()), None),
+    "behind a nested convolution": (lambda: small(keras.Sequential([conv()]), rescaling()), None),
+    "nowhere": (lambda: small(conv()), None),
+}
+
+
+@pytest.mark.parametrize(("make", "name"), NORMALISING.values(), ids=NORMALISING)
+def test_the_normalising_layer_is_found_wherever_it_is(make: Callable[[], Any], name: str | None) -> None:
+    model = make()
+    assert normalizing_layer(model) == name
+    if name is None:
+        check_exportable(model, IMAGENET)
+    else:
+        with pytest.raises(ModelError, match=f"its layer '{name}' normalises"):
+            check_exportable(model, IMAGENET)
 
 
 # --- models that are not of this project

@@ -126,8 +126,8 @@ class TestOptions:
 
     @pytest.fixture
     def asked(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-        """What the pipeline was asked for; set ``card``, ``shape`` and ``classes`` before."""
-        asked: dict[str, Any] = {"card": None, "shape": (None, 64, 64, 3), "classes": 6}
+        """What the pipeline was asked for; set ``card``, ``shape``, ``classes`` and ``inside`` before."""
+        asked: dict[str, Any] = {"card": None, "shape": (None, 64, 64, 3), "classes": 6, "inside": "rescaling"}
 
         def read_model(path: Path) -> Any:
             sides = SimpleNamespace(shape=asked["shape"]), SimpleNamespace(shape=(None, asked["classes"]))
@@ -139,6 +139,7 @@ class TestOptions:
 
         monkeypatch.setattr(export, "read_card", lambda path: asked["card"])
         monkeypatch.setattr(export, "read_model", read_model)
+        monkeypatch.setattr(export, "normalizing_layer", lambda model: asked["inside"])
         monkeypatch.setattr(export, "export", run)
         return asked
 
@@ -189,14 +190,44 @@ class TestOptions:
         assert "no labels file" not in self.run(command_line, "--calibration", "fingers:24", "--json")[2]
 
     @pytest.mark.parametrize(
+        ("pixels", "darkest", "brightest"), [("0..1", 0.0, 1.0), ("-1..1", -1.0, 1.0), ("imagenet", -2.1179, 2.64)]
+    )
+    def test_pixels_of_a_model_that_does_not_say(
+        self, pixels: str, darkest: float, brightest: float, asked: dict[str, Any], command_line: CommandLine
+    ) -> None:
+        asked["inside"] = None
+        assert self.run(command_line, "--calibration", "fingers:24", "--pixels", pixels, "--json")[0] == 0
+        found = asked["image"].normalization
+        assert min((0 - mean) / std for mean, std in zip(found.mean, found.std, strict=True)) == pytest.approx(
+            darkest, abs=1e-4
+        )
+        assert max((255 - mean) / std for mean, std in zip(found.mean, found.std, strict=True)) == pytest.approx(
+            brightest, abs=1e-4
+        )
+
+    def test_raw_pixels_are_a_choice(self, asked: dict[str, Any], command_line: CommandLine) -> None:
+        asked["inside"] = None
+        assert self.run(command_line, "--calibration", "fingers:24", "--pixels", "raw", "--json")[0] == 0
+        assert asked["image"] == ImageSpec(height=64, width=64)
+
+    def test_the_rest_of_the_calibration_data_is_called_that(
+        self, asked: dict[str, Any], command_line: CommandLine
+    ) -> None:
+        assert self.run(command_line, "--calibration", "fingers:24", "--json")[0] == 0
+        assert asked["evaluation"].name == "the rest of fingers:24@0, which training may have seen"
+
+    @pytest.mark.parametrize(
         ("model", "options", "code", "message"),
         [
             ({"classes": 7}, (), 2, "the model has 7 classes and no labels file, and the data has 6"),
             ({"labels": ("a", "b")}, (), 2, "trained on the classes a, b, the data has 0, 1"),
             ({"labels": FINGERS[::-1]}, (), 2, "trained on the classes 5, 4"),
-            ({}, ("--evaluation", "{two}"), 2, "--evaluation has the classes cat, dog, --calibration has 0, 1"),
+            ({}, ("--evaluation", "{two}"), 2, "evaluation images have the classes cat, dog"),
             ({"shape": (None, None, 64, 3)}, (), 2, "fixed height and width"),
             ({"shape": (None, 784)}, (), 2, "fixed height and width"),
+            ({"inside": None}, (), 2, "Say it with --pixels: raw, 0..1, -1..1, imagenet"),
+            ({}, ("--pixels", "0-1"), 2, "--pixels is '0-1'; known: raw, 0..1"),
+            ({"labels": FINGERS}, ("--pixels", "0..1"), 2, "leave --pixels out"),
             ({}, ("--calibration", "nowhere"), 1, "nowhere: no such folder"),
             ({}, ("--calibration", "fingers:6"), 1, "a split into two parts needs at least 2"),
             ({}, ("--calibration", "keras:mnist"), 2, "cannot be read yet"),
@@ -261,13 +292,6 @@ def test_a_real_export(
     export._print_tables(result)
     shown = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in shown.splitlines() if line.strip()}
-    assert "Proof on fingers:36@0, 24 images" in shown
+    assert "Proof on the rest of fingers:36@0, which training may have seen, 24 images" in shown
     assert {"fp32", "int8", "int8-rtx"} <= set(rows)
     assert f"Bundle: {tiny_bundle}" in shown
-
-
-@pytest.mark.parametrize(
-    ("size", "text"), [(1, "0.0 kB"), (1_234, "1.2 kB"), (99_999, "100.0 kB"), (100_000, "0.10 MB"), (5e8, "500.00 MB")]
-)
-def test_format_bytes(size: int, text: str) -> None:
-    assert export.format_bytes(size) == text

@@ -42,7 +42,7 @@ def test_it_writes_the_model_and_what_belongs_to_it(tmp_path: Path) -> None:
     assert card.labels == answer.labels == ("0", "1", "2", "3", "4", "5")
     assert card.image == ImageSpec(height=32, width=32)
     assert model.output_shape == (None, 6)
-    for step in ("reading images", "loading TensorFlow", "epoch 1/1", "val_accuracy"):
+    for step in ("reading training images", "loading TensorFlow", "epoch 1/1", "val_accuracy"):
         assert step in result.stderr
 
 

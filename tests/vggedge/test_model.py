@@ -238,3 +238,8 @@ def test_another_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(ModelError, match="KERAS_BACKEND=tensorflow"):
         build_vgg(TINY)
+
+
+def test_a_label_that_is_no_text_is_refused_before_anything_is_trained() -> None:
+    with pytest.raises(ModelError, match=r"another encoding than UTF-8\. Rename the folder"):
+        ModelCard(labels=("caf\udce9", "tea"), image=ImageSpec(height=32, width=32))

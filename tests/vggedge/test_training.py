@@ -74,7 +74,7 @@ def test_the_history_tells_how_it_came_about(trained: TrainResult, recorder: Rec
 
 def test_progress_is_told_for_reading_loading_and_training(trained: TrainResult, recorder: Recorder) -> None:
     steps = dict.fromkeys(what for _, _, what in recorder.progress)
-    assert list(steps) == ["reading images", "loading TensorFlow", "training"]
+    assert list(steps) == ["reading training images", "reading validation images", "loading TensorFlow", "training"]
     for what in steps:
         done = [at for at, _, name in recorder.progress if name == what]
         assert done == sorted(done)
@@ -179,6 +179,20 @@ def test_an_image_that_cannot_be_read_is_named(memory_bytes: int) -> None:
     config = msgspec.structs.replace(CONFIG, memory_bytes=memory_bytes, batch_size=2)
     with pytest.raises(DataError, match=r"^ten\.png: the image cannot be decoded$"):
         train(SPEC, broken, config)
+
+
+def test_a_class_of_one_image_is_refused_before_all_are_read() -> None:
+    read: list[int] = []
+    lonely = ImageSet(
+        "lonely",
+        ("warm", "cold"),
+        np.array([0] * 50 + [1]),
+        lambda i: read.append(i) or np.zeros((32, 32, 3), np.uint8),
+    )
+
+    with pytest.raises(DataError, match="'cold' has 1 image"):
+        train(SPEC, lonely, CONFIG)
+    assert len(read) <= 1
 
 
 def test_data_that_does_not_fit_the_spec_is_refused() -> None:

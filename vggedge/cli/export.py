@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 
 from vggedge.cli import output
-from vggedge.data import ImageSet, open_images
+from vggedge.data import ImageSet
+from vggedge.data.selection import divide, open_pair
 from vggedge.model import ModelCard, read_card, read_model
+from vggedge_export.conversion import normalizing_layer
 from vggedge_export.pipeline import ExportConfig, ExportResult, export
 from vggedge_export.verification import LabelledImages
 from vggedge_runtime.bundle import check_replaceable
 from vggedge_runtime.errors import UsageError
-from vggedge_runtime.preprocess import ImageSpec
+from vggedge_runtime.preprocess import ImageSpec, Normalization, Pixels
 from vggedge_runtime.tensorrt_api import load_tensorrt
 
 NAME = "export"
+
+_PIXELS: dict[str, Normalization | None] = {
+    "raw": None,
+    "0..1": Normalization(mean=(0.0, 0.0, 0.0), std=(255.0, 255.0, 255.0)),
+    "-1..1": Normalization(mean=(127.5, 127.5, 127.5), std=(127.5, 127.5, 127.5)),
+    # torchvision's figures for ImageNet, times 255
+    "imagenet": Normalization(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)),
+}
+"""--pixels: what is done to pixels from 0 to 255 before the network."""
 
 
 def command(
@@ -34,6 +45,9 @@ def command(
     calibration_images: Annotated[int, typer.Option(min=1, help="How many images to calibrate on.")] = 200,
     evaluation_images: Annotated[int, typer.Option(min=1, help="How many images, at most, to prove on.")] = 2000,
     engine: Annotated[bool, typer.Option("--engine/--no-engine", help="Build TensorRT engines, too.")] = True,
+    pixels: Annotated[
+        str | None, typer.Option(help=f"What the network takes, if it does not say: {', '.join(_PIXELS)}.")
+    ] = None,
     json: output.JsonFlag = False,
 ) -> None:
     """Convert MODEL.keras to a bundle: FP32, FP16 and INT8 graphs, engines, and the proof of each."""
@@ -41,10 +55,14 @@ def command(
         precisions=tuple(part.strip() for part in precision.split(",") if part.strip()),
         engine="auto" if engine else "none",
     )
-    # All that can be refused is refused before TensorFlow loads.
+    # What can be refused without TensorFlow is refused before it loads.
+    if pixels is not None and pixels not in _PIXELS:
+        raise UsageError(f"--pixels is {pixels!r}; known: {', '.join(_PIXELS)}.")
     check_replaceable(bundle)
     card = read_card(model)
-    sources = _open_sources(calibration, evaluation, card.image) if card else None
+    if card is not None and pixels is not None:
+        raise UsageError(f"{model}: the image spec beside it says how its pixels are normalised; leave --pixels out.")
+    sources = open_pair(calibration, evaluation, card.image) if card else None
     if engine:
         load_tensorrt()
     # TensorFlow's oneDNN allocator never gives memory back: 0.8 GB more for the full VGG-16 until the end.
@@ -53,10 +71,10 @@ def command(
         advance(0, 1, "loading the model")
         network, _ = read_model(model)
         advance(1, 1, "loading the model")
-        spec = card.image if card else _spec_from_input(network.inputs[0].shape)
-        sources = sources or _open_sources(calibration, evaluation, spec)
+        spec = card.image if card else _spec_of(network, pixels)
+        sources = sources or open_pair(calibration, evaluation, spec)
         labels = _labels(card, sources[0].labels, network.outputs[0].shape[-1], json)
-        chosen, held_out = _divide(*sources, calibration_images, evaluation_images)
+        chosen, held_out = divide(*sources, calibration_images, evaluation_images)
         sets = _load(chosen, "calibration", advance), _load(held_out, "evaluation", advance)
         holder = [network]  # export then has the only reference, and frees the weights when it can
         del network
@@ -76,47 +94,35 @@ def command(
         _print_tables(result)
 
 
-def _spec_from_input(shape: tuple[int | None, ...]) -> ImageSpec:
+def _spec_of(network: Any, pixels: str | None) -> ImageSpec:
+    """Image spec of a model that came without one: its input's size, and what the user says of its pixels.
+
+    Guessing would be worse than asking: a model trained on x/255 and fed 0 to 255 answers, wrongly.
+    """
+    shape = tuple(network.inputs[0].shape)
     if len(shape) != 4 or shape[1] is None or shape[2] is None:
         raise UsageError(f"the model's input is {shape}; export needs images, with a fixed height and width.")
-    return ImageSpec(height=shape[1], width=shape[2])
-
-
-def _open_sources(calibration: str, evaluation: str | None, spec: ImageSpec) -> tuple[ImageSet, ImageSet | None]:
-    source = open_images(calibration, spec)
-    if evaluation is None:
-        return source, None
-    proof = open_images(evaluation, spec)
-    if proof.labels != source.labels:
+    inside = normalizing_layer(network)
+    if inside is None and pixels is None:
         raise UsageError(
-            f"--evaluation has the classes {', '.join(proof.labels)}, --calibration has "
-            f"{', '.join(source.labels)}; both need the same."
+            "the model has no Rescaling or Normalization layer and no image spec beside it, so nothing says what its "
+            f"pixels were divided by in training. Say it with --pixels: {', '.join(_PIXELS)}."
         )
-    return source, proof
-
-
-def _divide(
-    source: ImageSet, proof: ImageSet | None, calibration_images: int, evaluation_images: int
-) -> tuple[ImageSet, ImageSet]:
-    """(images to calibrate on, images to prove on): no image is in both unless the user named it twice."""
-    if proof is None:
-        proof, chosen = source.split(min(0.5, calibration_images / len(source)), seed=0)
-    else:
-        chosen = _take(source, calibration_images)
-    return chosen, _take(proof, evaluation_images)
-
-
-def _take(images: ImageSet, count: int) -> ImageSet:
-    """``count`` images spread evenly over the classes, chosen by a fixed seed."""
-    return images if len(images) <= count else images.split(count / len(images), seed=0)[1]
+    normalization = _PIXELS[pixels] if pixels is not None else None
+    return ImageSpec(height=shape[1], width=shape[2], normalization=normalization)
 
 
 def _load(images: ImageSet, what: str, advance: output.Advance) -> LabelledImages:
-    pixels = []
+    pixels: Pixels | None = None
     for index in range(len(images)):
-        pixels.append(images.read_one(index))
+        image = images.read_one(index)
+        if pixels is None:
+            pixels = np.empty((len(images), *image.shape), np.uint8)
+        pixels[index] = image
         advance(index + 1, len(images), f"reading {what} images")
-    return LabelledImages(images.name, np.stack(pixels), images.targets)
+    if pixels is None:
+        raise UsageError(f"{images.name}: no images for {what}.")
+    return LabelledImages(images.name, pixels, images.targets)
 
 
 def _labels(card: ModelCard | None, found: tuple[str, ...], classes: int, quiet: bool) -> tuple[str, ...]:
@@ -151,16 +157,16 @@ def _print_tables(result: ExportResult) -> None:
                 f"{proof.max_abs_difference:.1e}",
                 f"{100 * proof.agreement.share:.2f} %",
                 proof.accuracy,
-                format_bytes(size),
+                output.format_bytes(size),
             ]
         )
     fp32 = manifest.graphs["fp32"]
     columns = ["graph", "how", "max difference", "agreement", "accuracy [95 %]", "size"]
     output.print_table(f"Proof on {manifest.data['evaluation']}", columns, rows)
-    before, after = (sum(counts.values()) for counts in (result.converted_op_counts, fp32.op_counts))
+    folded = next(step.nodes_after for step in manifest.passes if step.name == "fold_constants")
     output.print_line(
-        f"Graph: {before} nodes from tf2onnx, {after} after the passes. Emulated: a twin of the graph that rounds "
-        "every result to FP16.\n"
+        f"Graph: {folded} nodes once the weights are folded, {sum(fp32.op_counts.values())} after all passes. "
+        "Emulated: a twin of the graph that rounds every result to FP16.\n"
     )
     if result.engines:
         columns = ["engine", "product", "for compute capability", "size", "built in"]
@@ -172,7 +178,7 @@ def _print_tables(result: ExportResult) -> None:
                     e.key.graph,
                     f"{e.key.product} {e.key.version}",
                     ", ".join(e.key.devices),
-                    format_bytes(e.size_bytes),
+                    output.format_bytes(e.size_bytes),
                     f"{e.build_seconds:.1f} s",
                 ]
                 for e in result.engines
@@ -180,8 +186,3 @@ def _print_tables(result: ExportResult) -> None:
         )
         output.print_line("Engines were built, not run: their speed is not measured here.")
     output.print_line(f"Bundle: {result.bundle}")
-
-
-def format_bytes(size: int) -> str:
-    """``1234567`` as ``1.23 MB``, decimal as files are sold."""
-    return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

@@ -80,9 +80,9 @@ def _answer(session: Session, path: Path, top: int) -> Answer:
     try:
         probabilities = session.predict(path)[0]
     except DataError as error:
-        return Answer(str(path), [], str(error))
+        return Answer(output.format_path(path), [], str(error))
     best = probabilities.argsort()[::-1][:top]
-    return Answer(str(path), [Guess(session.labels[i], float(probabilities[i])) for i in best])
+    return Answer(output.format_path(path), [Guess(session.labels[i], float(probabilities[i])) for i in best])
 
 
 def _print_table(answers: list[Answer], top: int) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import msgspec
@@ -35,27 +37,27 @@ def print_json(result: Any) -> None:
 
 def print_line(text: str = "") -> None:
     """Print one line of the result on stdout, as it is."""
-    Console(highlight=False, soft_wrap=True).print(escape(text))
+    Console(emoji=False, highlight=False, soft_wrap=True).print(escape(text))
 
 
 def print_note(text: str) -> None:
     """Print one line about what is going on on stderr."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(escape(text), style="dim")
+    Console(emoji=False, stderr=True, highlight=False, soft_wrap=True).print(escape(text), style="dim")
 
 
 def print_error(text: str) -> None:
     """Print an error on stderr."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(text)}")
+    Console(emoji=False, stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(text)}")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table on stdout: the first column to the left, the others, being numbers, to the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(escape(column), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
-    console = Console(highlight=False)
+    console = Console(emoji=False, highlight=False)
     if not console.is_terminal:
         # A pipe has no width: never fold a table that a script is going to read.
         console.width = _PIPE_WIDTH
@@ -64,10 +66,20 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     console.print(table)
 
 
+def format_bytes(size: int) -> str:
+    """``1234567`` as ``1.23 MB``, decimal as files are sold."""
+    return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def format_path(path: Path) -> str:
+    """A path as text that can be encoded: bytes that are no UTF-8 become replacement characters."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
 @contextmanager
 def progress(*, quiet: bool = False) -> Iterator[Advance]:
     """Yield a callback that draws one bar a step on stderr; plain lines where stderr is no terminal."""
-    console = Console(stderr=True, highlight=False, quiet=quiet)
+    console = Console(emoji=False, stderr=True, highlight=False, quiet=quiet)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks: dict[str, Any] = {}

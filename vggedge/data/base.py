@@ -41,6 +41,25 @@ class ImageSet:
         kept = np.asarray(indices, dtype=np.int64)
         return replace(self, targets=self.targets[kept], read_one=lambda i: self.read_one(int(kept[i])))
 
+    def take(self, count: int, seed: int) -> ImageSet:
+        """At most ``count`` images, chosen by ``seed``: of every class the share it has here, as near as it goes.
+
+        Classes too rare for a place of their own come in by chance.
+        """
+        if count >= len(self):
+            return self
+        generator = np.random.default_rng(seed)
+        kept: list[NDArray[np.int64]] = []
+        left: list[NDArray[np.int64]] = []
+        for index in range(len(self.labels)):
+            members = generator.permutation(np.flatnonzero(self.targets == index))
+            whole = len(members) * count // len(self)
+            kept.append(members[:whole])
+            left.append(members[whole:])
+        missing = count - sum(map(len, kept))
+        kept.append(generator.permutation(np.concatenate(left))[:missing])
+        return self.subset(np.sort(np.concatenate(kept)))
+
     def split(self, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
         """Split off ``share`` of every class, at least one image each: (rest, split off).
 
