@@ -75,18 +75,22 @@ def write_tiny_bundle(
     graphs: Sequence[str] = ("fp32",),
     *,
     weights: np.ndarray | None = None,
+    model: bytes | None = None,
     golden: np.ndarray | None = None,
     labels: tuple[str, ...] = LABELS,
     change: Callable[[Manifest], Manifest] = lambda manifest: manifest,
 ) -> Bundle:
-    """Write a bundle; ``weights`` and ``golden`` replace the network's and the wanted answers."""
+    """Write a bundle; ``weights`` replace the network's, ``model`` all of it, ``golden`` the wanted answers."""
     count = build_proportion(3, 3)
     with write_bundle(path) as folder:
         (folder / "graphs").mkdir()
         (folder / "golden").mkdir()
         records: dict[str, GraphRecord] = {}
         for name in graphs:
-            write_graph(folder / f"graphs/model.{name}.onnx", weights)
+            if model is None:
+                write_graph(folder / f"graphs/model.{name}.onnx", weights)
+            else:
+                (folder / f"graphs/model.{name}.onnx").write_bytes(model)
             np.save(folder / f"golden/outputs.{name}.npy", answer(golden_images()) if golden is None else golden)
             records[name] = GraphRecord(
                 file=f"graphs/model.{name}.onnx",

@@ -65,6 +65,8 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
         bundle: its folder.
         backend: what ran it.
         graph: which graph.
+        graph_sha256: hash of its ONNX file.
+        threads: CPU threads of one inference, as asked for; 0 is the library's choice.
         batch: images a call.
         config: how it was measured.
         latency: a call of ``Session.predict`` with an image that is decoded and resized already.
@@ -74,6 +76,8 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
     bundle: str
     backend: str
     graph: str
+    graph_sha256: str
+    threads: int
     batch: int
     config: BenchConfig
     latency: Measurement
@@ -85,11 +89,14 @@ def measure_session(session: Session, config: BenchConfig, batch: int = 1) -> Be
     if batch < 1:
         raise UsageError(f"batch is {batch}; needed is at least 1.")
     shape = (batch, *session.image_spec.shape)
+    manifest = session.bundle.manifest
     images: Pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     return BenchResult(
         bundle=str(session.bundle.path),
         backend=session.backend,
         graph=session.graph,
+        graph_sha256=manifest.files[manifest.graphs[session.graph].file].sha256,
+        threads=session.threads,
         batch=batch,
         config=config,
         latency=measure_latency(lambda: session.predict(images), config),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,6 +31,9 @@ from vggedge_runtime.statistics import Proportion
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+
+_ENTRIES = frozenset({MANIFEST, "labels.txt", "report.html", "graphs", "golden", "engines", "cache"})
+"""Everything that vggedge writes into a bundle's top folder."""
 
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """From a format version to the function that lifts a manifest of it to the next one."""
@@ -194,8 +198,11 @@ class Bundle:
 def write_bundle(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``path``; when the block ends without an error it becomes the bundle.
 
-    An error or a kill on the way leaves at ``path`` what was there before. An older bundle is replaced;
-    anything else that is in the way is not.
+    An older bundle is replaced; anything else that is in the way is not. After an error or Ctrl-C a whole bundle
+    is at ``path``, the old one in all but the last instant, or what else was there before. A kill that no program
+    can handle (SIGKILL, power cut) leaves the staging folder ``.NAME.partial-PID-*`` behind. If it falls between
+    the two renames of the swap, nothing is at ``path`` and the old bundle is ``.NAME.old-PID-*`` beside it. The
+    next write to the same ``path`` brings it back and removes such leftovers, once no process has that PID.
 
     Raises:
         BundleError: ``path`` exists and is no bundle, or nothing can be written there.
@@ -203,9 +210,10 @@ def write_bundle(path: Path) -> Iterator[Path]:
     check_replaceable(path)
     path = path.resolve()  # "." has no sibling, and a link would be replaced instead of what it points to
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    staging.chmod(0o755)  # mkdtemp gives 0700; a bundle is copied and served by other users
+    _clear_leftovers(path)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-{os.getpid()}-", dir=path.parent))
     try:
+        staging.chmod(0o755)  # mkdtemp gives 0700; a bundle is copied and served by other users
         yield staging
         _swap(staging, path)
     finally:
@@ -213,10 +221,13 @@ def write_bundle(path: Path) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise BundleError unless a bundle can be written at ``path``: there is a bundle, an empty folder or nothing."""
-    is_replaceable = path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir()))
-    if path.exists() and not is_replaceable:
-        raise BundleError(f"{path}: exists and is no bundle, so it is not replaced. Remove it or name another folder.")
+    """Raise BundleError unless a bundle can be written at ``path``: there is a bundle, an empty folder or nothing.
+
+    A damaged bundle or one of another version counts, a folder that holds anything else does not: the whole
+    folder is deleted when the new bundle is complete.
+    """
+    if path.exists():
+        _check_ours(path)
     above = next(folder for folder in path.resolve().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise BundleError(f"{path}: cannot be written, {above} is no folder that you may write to. Name another place.")
@@ -274,15 +285,65 @@ def _check_files(manifest: Manifest, source: Path) -> None:
             raise BundleError(f"{source}: names the file {name!r} and has no hash of it. Export the bundle again.")
 
 
+def _check_ours(path: Path) -> None:
+    """Raise BundleError unless ``path`` is an empty folder or a bundle with nothing beside what vggedge writes."""
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else None
+    if names is None or (names and not _has_our_manifest(path)):
+        raise BundleError(f"{path}: exists and is no bundle, so it is not replaced. Remove it or name another folder.")
+    if foreign := sorted(names - _ENTRIES):
+        raise BundleError(
+            f"{path}: a bundle that also holds {', '.join(foreign)}, which vggedge did not write, so it is not "
+            "replaced. Move that elsewhere or name another folder."
+        )
+
+
+def _has_our_manifest(folder: Path) -> bool:
+    """Whether the manifest has what those of all versions have; web apps and browser extensions have one too."""
+    try:
+        data = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return False
+    return isinstance(data.get("format_version"), int) and "graphs" in data and "golden" in data
+
+
 def _swap(staging: Path, path: Path) -> None:
+    """Put ``staging`` in the place of ``path``; after an error or Ctrl-C one of both is there."""
     if not path.exists():
         staging.rename(path)
         return
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    path.rename(old)
+    _check_ours(path)  # again: an export takes minutes, and users put files into folders meanwhile
+    old = path.with_name(f".{path.name}.old-{staging.name.rpartition('.partial-')[2]}")
     try:
+        path.rename(old)
         staging.rename(path)
-    except OSError:
-        old.rename(path)
+    except BaseException:  # Ctrl-C too
+        if not path.exists():
+            old.rename(path)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if not staging.exists():  # it has become the bundle
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what killed writes left beside ``path``; an old bundle goes back where ``path`` is missing."""
+    # The whole of our naming, mkdtemp's eight characters included: a user's own copy is not called so.
+    ours = re.compile(re.escape(f".{path.name}.") + r"(partial|old)-(\d+)-[a-z0-9_]{8}")
+    for leftover in sorted(path.parent.iterdir()):
+        found = ours.fullmatch(leftover.name)
+        if found is None or _is_running(int(found[2])):
+            continue
+        if found[1] == "old" and not path.exists() and _has_our_manifest(leftover):
+            leftover.rename(path)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import msgspec
 
-from vggedge_runtime.bundle import hash_file
 from vggedge_runtime.errors import EngineError
 
 ENGINES = "engines"
@@ -109,10 +108,11 @@ def read_engine(bundle: Path, key: EngineKey) -> bytes:
             raise EngineError(
                 f"{folder}: its engine is for {field} {found}, needed is {needed}. Delete it and build it again."
             )
-    plan = folder / record.file
-    if not plan.is_file() or hash_file(plan) != record.sha256:
-        raise EngineError(f"{plan}: missing or changed since it was built. Delete {folder} and build it again.")
-    return plan.read_bytes()
+    path = folder / record.file
+    plan = path.read_bytes() if path.is_file() else None
+    if plan is None or hashlib.sha256(plan).hexdigest() != record.sha256:  # the very bytes that are given out
+        raise EngineError(f"{path}: missing or changed since it was built. Delete {folder} and build it again.")
+    return plan
 
 
 def _read_record(path: Path) -> EngineRecord:

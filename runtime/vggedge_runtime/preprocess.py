@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterable
+import threading
+import warnings
 from os import PathLike
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -23,7 +24,12 @@ from vggedge_runtime.errors import DataError, UsageError
 Pixels: TypeAlias = NDArray[np.uint8]
 """uint8, (height, width, 3) RGB; a batch is (n, height, width, 3)."""
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+
+_SIDECAR_SUFFIXES = frozenset(
+    {".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html", ".ini", ".db", ".log"}
+)
+"""What lies beside images and is not meant as one: notes, labels, annotations, Windows' Thumbs.db."""
 
 _KERNELS = {
     "nearest": Image.Resampling.NEAREST,
@@ -41,6 +47,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What undoes each EXIF orientation; 1 and unknown values need nothing."""
+
+_warnings_lock = threading.Lock()  # warnings.catch_warnings changes the whole process
 
 # Pillow reports truncated and malformed files through all of these.
 _PILLOW_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
@@ -90,14 +98,15 @@ def read_image(source: str | PathLike[str] | bytes, spec: ImageSpec) -> Pixels:
     """Decode one image file (or its bytes) and fit it to ``spec``.
 
     EXIF rotation is obeyed. Grey becomes RGB, 16-bit grey is scaled to 8 bits, an alpha channel is
-    dropped without blending, as keras.utils.load_img and torchvision's ImageFolder do.
+    dropped without blending, as keras.utils.load_img and torchvision's ImageFolder do. Of several frames
+    (GIF, TIFF, WebP) the first is read. Above 2 * PIL.Image.MAX_IMAGE_PIXELS, 179 megapixels, a file is refused.
 
     Raises:
-        DataError: the file is missing, empty, truncated or no image; the message names it.
+        DataError: the file is missing, empty, truncated, too large or no image; the message names it.
     """
     name = f"<{len(source)} bytes>" if isinstance(source, bytes) else str(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as image:
+        with _open_image(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as image:
             return fit_image(_upright_rgb(image), spec)
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such file.") from error
@@ -142,18 +151,31 @@ def find_images(folder: Path) -> list[Path]:
 
     Hidden files and folders do not count: tools keep thumbnails and second copies there.
     """
+    return [path for path in _visible_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def find_other_files(folder: Path) -> list[Path]:
+    """What ``find_images`` leaves out and the user may have meant as images: .heic, .avif, no suffix, unknown ones.
+
+    Sorted by path; hidden files, notes and annotations (.txt, .csv, .json, .xml, ...) do not count.
+    """
+    known = IMAGE_SUFFIXES | _SIDECAR_SUFFIXES
+    return [path for path in _visible_files(folder) if path.suffix.lower() not in known]
+
+
+def _visible_files(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts) and path.is_file()
     )
 
 
-def stack_images(images: Iterable[Pixels]) -> Pixels:
-    """Stack (h, w, 3) images to one (n, h, w, 3) batch."""
-    return np.stack(list(images))
+def _open_image(source: Path | io.BytesIO) -> Image.Image:
+    """Read the header. Pillow's warning between one and two times its pixel limit is left out: the error decides."""
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(source)
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

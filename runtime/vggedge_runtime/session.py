@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from vggedge_runtime.backends.base import Backend, Probabilities, choose_backend, load_backend_class
 from vggedge_runtime.bundle import Bundle
 from vggedge_runtime.errors import BundleError, DataError, SessionError, UsageError
-from vggedge_runtime.graphs import GRAPHS, PRECISIONS, graphs_of
-from vggedge_runtime.preprocess import ImageSpec, Pixels, check_batch, read_image, stack_images
+from vggedge_runtime.graphs import GRAPHS, PRECISIONS, golden_tolerance, graphs_of
+from vggedge_runtime.preprocess import ImageSpec, Pixels, check_batch, read_image
 
 
 class Session:
@@ -28,13 +28,17 @@ class Session:
         backend: name of the backend that runs it.
         graph: name of the graph that runs.
         why: why ``auto`` chose so, in words.
+        threads: CPU threads of one inference, as asked for; 0 leaves the choice to the library.
     """
 
-    def __init__(self, bundle: Bundle, backend: str, graph: str, why: str, runner: Backend) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: str, graph: str, why: str, runner: Backend, *, threads: int = 0
+    ) -> None:
         self.bundle = bundle
         self.backend = backend
         self.graph = graph
         self.why = why
+        self.threads = threads
         self._runner = runner
         self._lock = threading.Lock()
 
@@ -69,7 +73,7 @@ class Session:
         kind = load_backend_class(name)
         graph = choose_graph(opened, kind, precision)
         runner = kind(opened.verified_path(opened.graph(graph).file), threads=threads)
-        session = cls(opened, name, graph, why, runner)
+        session = cls(opened, name, graph, why, runner, threads=threads)
         try:
             session._check_golden()
         except BaseException:
@@ -126,7 +130,7 @@ class Session:
         if isinstance(images, Iterable):
             paths = list(images)
             if paths and all(isinstance(path, (str, os.PathLike)) for path in paths):
-                return stack_images(read_image(path, spec) for path in paths)
+                return np.stack([read_image(path, spec) for path in paths])
         raise DataError(
             f"predict() got {type(images).__name__}; it takes a uint8 RGB array ({spec.height}, {spec.width}, 3), "
             "a batch of them, a path, or a list of paths."
@@ -144,7 +148,7 @@ class Session:
                 "classes. The manifest was changed; export it again."
             )
         found = self._runner.run(check_batch(inputs, self.image_spec))
-        problem = describe_difference(wanted, found, GRAPHS[self.graph].golden_tolerance)
+        problem = describe_difference(wanted, found, golden_tolerance(self.graph, self.backend))
         if problem:
             raise SessionError(
                 f"{self.bundle.path}: graph {self.graph} on backend {self.backend} answers the golden inputs wrongly: "

@@ -10,6 +10,7 @@ import pytest
 
 from vggedge_runtime import bench
 from vggedge_runtime.bench import BenchConfig, BenchResult, measure_latency, measure_session
+from vggedge_runtime.bundle import hash_file
 from vggedge_runtime.errors import UsageError
 from vggedge_runtime.session import Session
 from vggedge_runtime.statistics import percentiles
@@ -93,12 +94,14 @@ class TestConfig:
 class TestMeasureSession:
     def test_the_result_is_json(self, tiny_bundle: Path) -> None:
         config = BenchConfig(iterations=25, seconds=0, warmup_seconds=0)
-        with Session.open(tiny_bundle) as session:
+        with Session.open(tiny_bundle, threads=2) as session:
             result = measure_session(session, config, batch=2)
         text = msgspec.json.encode(result)
         assert msgspec.json.decode(text, type=BenchResult) == result
         data = json.loads(text)
         assert (data["bundle"], data["backend"], data["graph"], data["batch"]) == (str(tiny_bundle), "ort", "fp32", 2)
+        assert data["threads"] == 2
+        assert data["graph_sha256"] == hash_file(tiny_bundle / "graphs/model.fp32.onnx")
         assert data["config"] == {"iterations": 25, "seconds": 0, "warmup_seconds": 0}
         assert len(data["latency"]["samples_ms"]) == 25
         assert min(data["latency"]["samples_ms"]) > 0

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,6 +290,92 @@ class TestWriteBundle:
         assert content(tiny_bundle) == old
         assert names(tiny_bundle.parent) == ["tiny"]
 
+    def test_something_appears_between_the_renames(self, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        old = content(tiny_bundle)
+        rename = Path.rename
+
+        def intrude(self: Path, target: Path) -> Path:
+            done = rename(self, target)
+            if self == tiny_bundle:
+                self.mkdir()
+                (self / "thesis.txt").write_text("years of work")
+            return done
+
+        monkeypatch.setattr(Path, "rename", intrude)
+        with pytest.raises(OSError, match="not empty"), write_bundle(tiny_bundle) as folder:
+            (folder / "x").touch()
+        assert content(tiny_bundle) == {"thesis.txt": b"years of work"}
+        kept = names(tiny_bundle.parent)[0]
+        assert kept.startswith(f".tiny.old-{os.getpid()}-")
+        assert content(tiny_bundle.with_name(kept)) == old
+
+    @pytest.mark.parametrize("moment", ["before", "after"])
+    @pytest.mark.parametrize("place", [".partial-", "tiny"])
+    def test_ctrl_c_in_the_swap_leaves_one_whole_bundle(
+        self, place: str, moment: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        old = content(tiny_bundle)
+        rename = Path.rename
+
+        def interrupt(self: Path, target: Path) -> Path:
+            if place not in self.name or ".old-" in self.name:
+                return rename(self, target)
+            if moment == "after":
+                rename(self, target)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Path, "rename", interrupt)
+        with pytest.raises(KeyboardInterrupt), write_bundle(tiny_bundle) as folder:
+            (folder / "manifest.json").write_text("new")
+        new_stands = (place, moment) == (".partial-", "after")
+        assert content(tiny_bundle) == ({"manifest.json": b"new"} if new_stands else old)
+        assert names(tiny_bundle.parent) == ["tiny"]
+
+    @pytest.mark.parametrize(
+        "manifest",
+        [
+            '{"manifest_version": 3, "name": "a web app", "icons": []}',
+            '{"format_version": "1", "graphs": {}, "golden": {}}',
+            '{"format_version": 1, "graphs": {}}',
+            "[]",
+            "{",
+            "",
+        ],
+    )
+    def test_a_manifest_of_something_else(self, manifest: str, tmp_path: Path) -> None:
+        (tmp_path / "app").mkdir()
+        (tmp_path / "app/manifest.json").write_text(manifest)
+        with pytest.raises(BundleError, match=r"app: exists and is no bundle.*Remove it or name another"):
+            check_replaceable(tmp_path / "app")
+
+    def test_a_damaged_bundle_and_one_from_the_future_are_replaced(self, tiny_bundle: Path) -> None:
+        for entry in ("report.html", "cache", "engines"):
+            (tiny_bundle / entry).mkdir()
+        edit(tiny_bundle, lambda data: data.update(format_version=FORMAT_VERSION + 7, labels="another schema"))
+        edit(tiny_bundle, lambda data: data.pop("files"))
+        check_replaceable(tiny_bundle)
+
+    def test_a_bundle_that_holds_something_of_the_users(self, tiny_bundle: Path) -> None:
+        (tiny_bundle / "thesis").mkdir()
+        (tiny_bundle / ".git").mkdir()
+        with pytest.raises(BundleError, match=r"also holds \.git, thesis, which vggedge did not write.*Move"):
+            check_replaceable(tiny_bundle)
+
+    @pytest.mark.parametrize("empty", [False, True])
+    def test_what_appears_during_the_export_is_kept(self, empty: bool, tiny_bundle: Path) -> None:
+        path = tiny_bundle.with_name("empty") if empty else tiny_bundle
+        path.mkdir(exist_ok=True)
+        old = content(path)
+
+        def export() -> None:
+            with write_bundle(path):
+                (path / "thesis.txt").write_text("years of work")
+
+        with pytest.raises(BundleError, match="is no bundle" if empty else r"also holds thesis\.txt"):
+            export()
+        assert content(path) == old | {"thesis.txt": b"years of work"}
+        assert not [name for name in names(path.parent) if name.startswith(".")]
+
     @pytest.mark.parametrize("kind", ["file", "folder"])
     def test_what_is_no_bundle_is_not_replaced(self, kind: str, tmp_path: Path) -> None:
         place = tmp_path / "mine"
@@ -321,6 +409,71 @@ class TestWriteBundle:
         with write_bundle(Path()) as folder:
             (folder / "x").touch()
         assert content(tmp_path) == {"new/x": b""}
+
+
+class TestLeftovers:
+    """Of a write that was killed with SIGKILL, which nothing can catch."""
+
+    @pytest.fixture
+    def dead(self) -> int:
+        """PID of a process that has ended."""
+        process = subprocess.Popen([sys.executable, "-c", ""])
+        process.wait()
+        return process.pid
+
+    def test_a_killed_write_is_cleared_by_the_next(self, tiny_bundle: Path) -> None:
+        program = (
+            "import os, pathlib, signal, sys\n"
+            "from vggedge_runtime.bundle import write_bundle\n"
+            "with write_bundle(pathlib.Path(sys.argv[1])) as folder:\n"
+            "    (folder / 'half').mkdir()\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        process = subprocess.Popen([sys.executable, "-c", program, str(tiny_bundle)])
+        assert process.wait() == -9
+        assert names(tiny_bundle.parent)[0].startswith(f".tiny.partial-{process.pid}-")
+        with pytest.raises(KeyboardInterrupt):
+            write_half(tiny_bundle, KeyboardInterrupt)
+        assert names(tiny_bundle.parent) == ["tiny"]
+        Bundle.open(tiny_bundle)
+
+    def test_a_kill_between_the_renames_loses_nothing(self, tiny_bundle: Path, dead: int) -> None:
+        old = content(tiny_bundle)
+        tiny_bundle.rename(tiny_bundle.with_name(f".tiny.old-{dead}-abcd_123"))
+        with pytest.raises(KeyboardInterrupt):
+            write_half(tiny_bundle, KeyboardInterrupt)
+        assert content(tiny_bundle) == old
+        assert names(tiny_bundle.parent) == ["tiny"]
+
+    def test_an_old_bundle_goes_where_a_new_one_stands(self, tiny_bundle: Path, dead: int) -> None:
+        (tiny_bundle.with_name(f".tiny.old-{dead}-abcd_123") / "engines").mkdir(parents=True)
+        with write_bundle(tiny_bundle):
+            assert [name for name in names(tiny_bundle.parent) if ".old-" in name] == []
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            ".tiny.partial-{alive}-abcd_123",
+            ".tiny.old-{alive}-abcd_123",
+            ".tiny2.partial-{dead}-abcd_123",
+            "tiny.partial-{dead}-abcd_123",
+            ".tiny.old-{dead}",
+            ".tiny.old-2024",
+            ".tiny.old-{dead}-abcd_123.tar",
+        ],
+    )
+    def test_what_is_in_use_or_not_ours_stays(self, name: str, tiny_bundle: Path, dead: int) -> None:
+        other = tiny_bundle.with_name(name.format(alive=os.getpid(), dead=dead))
+        other.mkdir()
+        with write_bundle(tiny_bundle) as folder:
+            (folder / "x").touch()
+        assert names(tiny_bundle.parent) == sorted([other.name, "tiny"])
+
+    def test_a_name_that_looks_like_a_leftover(self, tmp_path: Path, tiny: Callable[..., Bundle]) -> None:
+        path = tmp_path / "a.partial-1"
+        tiny(path)
+        tiny(path)
+        assert names(tmp_path) == ["a.partial-1"]
 
 
 def test_the_manifest_survives_a_round_trip(tiny_bundle: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from vggedge_runtime.dependencies import is_installed, require, version_of
 from vggedge_runtime.errors import MissingDependency
+from vggedge_runtime.tensorrt_api import PRODUCTS
 
 
 @pytest.fixture
@@ -76,3 +77,10 @@ def test_version_of() -> None:
     assert version_of("surely-not-there", "numpy") == np.__version__
     assert version_of("surely-not-there") is None
     assert version_of() is None
+
+
+@pytest.mark.parametrize("extra", ["ort", *PRODUCTS.values()])
+def test_every_extra_that_is_advised_exists(extra: str) -> None:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert extra in project["optional-dependencies"]

@@ -85,6 +85,25 @@ class TestWriteAndRead:
         with pytest.raises(EngineError, match=r"int8\.engine: missing or changed.*build it again"):
             read_engine(tmp_path, KEY)
 
+    def test_the_bytes_given_out_are_those_that_were_hashed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_engine(tmp_path, KEY, PLAN, 1)
+        path = tmp_path / "engines" / KEY.fingerprint / "int8.engine"
+        path_open = Path.open
+
+        def open_and_replace(self: Path, *args: Any, **options: Any) -> Any:
+            stream = path_open(self, *args, **options)
+            if self == path:
+                self.unlink()
+                self.touch()
+            return stream
+
+        monkeypatch.setattr(Path, "open", open_and_replace)
+        assert read_engine(tmp_path, KEY) == PLAN
+        with pytest.raises(EngineError, match="missing or changed"):
+            read_engine(tmp_path, KEY)
+
     @pytest.mark.parametrize("text", [b"", b"{}", b"[1", b"\xff"])
     def test_a_damaged_record(self, text: bytes, tmp_path: Path) -> None:
         write_engine(tmp_path, KEY, PLAN, 1)

@@ -14,9 +14,9 @@ from vggedge_runtime.preprocess import (
     Normalization,
     check_batch,
     find_images,
+    find_other_files,
     fit_image,
     read_image,
-    stack_images,
 )
 
 EXIF_ORIENTATION = 0x0112
@@ -235,6 +235,21 @@ class TestUnreadable:
         with pytest.raises(DataError, match=r"photo\.png: .*exceeds limit of \d+ pixels"):
             read_image(self.write(tmp_path, bytes(header)), self.SPEC)
 
+    @pytest.mark.parametrize("pixels", [15, 16, 30])
+    def test_large_but_not_too_large_is_read_without_a_warning(
+        self, pixels: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Pillow warns above its limit and refuses above twice that; there is one limit, the upper one."""
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15)
+        image = Image.new("RGB", (pixels, 1), (1, 2, 3))
+        assert (read_image(encode(image), spec_of(image)) == (1, 2, 3)).all()
+
+    def test_too_large(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15)
+        image = Image.new("RGB", (31, 1))
+        with pytest.raises(DataError, match="31 pixels"):
+            read_image(encode(image), spec_of(image))
+
 
 class TestFit:
     def test_stretch_ignores_the_aspect_ratio(self) -> None:
@@ -312,16 +327,29 @@ class TestSpecs:
             Normalization(mean=(0.0, 0.0, 0.0), std=(1.0, 0.0, 1.0))
 
 
-def test_find_images_takes_suffixes_of_either_case_sorted_and_nothing_hidden(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / ".cache").mkdir()
-    names = ("b.JPG", "a.png", "sub/c.tiff", ".hidden.png", ".cache/d.png", "notes.txt", "noext")
-    for name in names:
-        (tmp_path / name).touch()
-    assert find_images(tmp_path) == [tmp_path / "a.png", tmp_path / "b.JPG", tmp_path / "sub" / "c.tiff"]
+class TestFind:
+    NAMES = (
+        *("b.JPG", "a.png", "sub/c.tiff", "d.jfif", "e.gif", ".hidden.png", ".cache/d.png"),
+        *("notes.txt", "labels.CSV", "noext", "f.HEIC", "sub/g.avif", "h.jpg.part", ".hidden.heic", ".cache/i.heic"),
+    )
 
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        for name in ("sub", "folder.png", "folder.heic", ".cache"):
+            (tmp_path / name).mkdir()
+        for name in self.NAMES:
+            (tmp_path / name).touch()
+        return tmp_path
 
-def test_stack_images_makes_a_batch(pattern: np.ndarray) -> None:
-    batch = stack_images(iter([pattern, pattern]))
-    assert batch.shape == (2, 5, 7, 3)
+    def test_images_have_suffixes_of_either_case_sorted_and_nothing_hidden(self, folder: Path) -> None:
+        assert find_images(folder) == [folder / name for name in ("a.png", "b.JPG", "d.jfif", "e.gif", "sub/c.tiff")]
+
+    def test_other_files_are_those_that_may_have_been_meant_as_images(self, folder: Path) -> None:
+        assert find_other_files(folder) == [folder / name for name in ("f.HEIC", "h.jpg.part", "noext", "sub/g.avif")]
+
+    @pytest.mark.parametrize(("suffix", "form"), [(".jfif", "JPEG"), (".gif", "GIF")])
+    def test_every_suffix_is_one_that_pillow_reads(self, suffix: str, form: str, tmp_path: Path) -> None:
+        image = Image.new("RGB", (4, 3), (255, 0, 0))
+        path = tmp_path / f"a{suffix}"
+        path.write_bytes(encode(image, form))
+        assert (np.abs(read_image(path, spec_of(image)).astype(int) - (255, 0, 0)) < 4).all()

@@ -15,12 +15,19 @@ from PIL import Image
 from vggedge_runtime import session as sessions
 from vggedge_runtime.backends import base
 from vggedge_runtime.backends.base import Backend, Probabilities
+from vggedge_runtime.backends.ort import OrtBackend, open_ort_session
 from vggedge_runtime.bundle import Bundle, GraphRecord, Manifest
 from vggedge_runtime.errors import BundleError, DataError, MissingDependency, SessionError, UsageError
+from vggedge_runtime.graphs import GRAPHS, golden_tolerance
 from vggedge_runtime.preprocess import Pixels
 from vggedge_runtime.session import Session, choose_graph, describe_difference
 
 SHAPE = (4, 6, 3)
+
+
+def golden_images() -> Pixels:
+    """Those of the tiny bundle."""
+    return np.random.default_rng(7).integers(0, 256, (3, *SHAPE), dtype=np.uint8)
 
 
 def softmax_of_means(images: Pixels) -> np.ndarray:
@@ -51,6 +58,19 @@ class FakeBackend(Backend):
 
     def _close(self) -> None:
         self.graph = Path()
+
+
+def reshaped(bundle: Bundle, *, input: str = "images", batch: int | str = "N") -> Path:
+    """The bundle's fp32 graph with another name of its input, or for one size of batch only."""
+    onnx = pytest.importorskip("onnx")
+    path = bundle.path / "graphs/model.fp32.onnx"
+    model = onnx.load(path)
+    entry = model.graph.input[0]
+    entry.name = model.graph.node[0].input[0] = input
+    if isinstance(batch, int):
+        entry.type.tensor_type.shape.dim[0].dim_value = batch
+    onnx.save(model, path)
+    return path
 
 
 @pytest.fixture
@@ -240,8 +260,87 @@ class TestGoldenCheck:
         assert fake == []
 
     def test_it_runs_once(self, tiny_bundle: Path, fake: list[FakeBackend]) -> None:
-        with Session.open(tiny_bundle, threads=3):
+        with Session.open(tiny_bundle, threads=3) as session:
+            assert session.threads == 3
             assert [(backend.runs, backend.threads) for backend in fake] == [(1, 3)]
+
+
+def small_cnn(graph: str) -> bytes:
+    """Convolution, relu, dense layer, softmax for 4x6 images; int8 as export writes it, with Q/DQ pairs."""
+    onnx = pytest.importorskip("onnx")
+    rng = np.random.default_rng(5)
+    kernel = rng.normal(0.02, 0.1, (8, 3, 3, 3)).astype(np.float32)
+    dense = rng.normal((0.1, -0.1, 0), 0.5, (192, 3)).astype(np.float32)
+    constants = {"dense": dense, "step": np.float32(1 / 128), "one": np.float32(1)}
+    if graph == "int8":
+        wide = np.float32(np.abs(kernel).max() / 127)
+        constants |= {"kernel8": np.rint(kernel / wide).astype(np.int8), "wide": wide, "zero": np.int8(0)}
+        constants["reach"] = np.float32(2 / 127)
+        inner = """even8 = QuantizeLinear(even, step, zero)  even_ = DequantizeLinear(even8, step, zero)
+            kernel = DequantizeLinear(kernel8, wide, zero)
+            a = Conv<pads = [1, 1, 1, 1]>(even_, kernel)  b = Relu(a)
+            b8 = QuantizeLinear(b, reach, zero)  c = DequantizeLinear(b8, reach, zero)"""
+    else:
+        constants["kernel"] = kernel
+        inner = "a = Conv<pads = [1, 1, 1, 1]>(even, kernel)  c = Relu(a)"
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 9, opset_import: ["" : 20]>
+        small (uint8[N, 4, 6, 3] images) => (float[N, 3] probabilities) {{
+            pixels = Cast<to = 1>(images)  scaled = Mul(pixels, step)  moved = Sub(scaled, one)
+            even = Transpose<perm = [0, 3, 1, 2]>(moved)
+            {inner}
+            d = Flatten(c)  e = MatMul(d, dense)  probabilities = Softmax(e)
+        }}"""
+    )
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items())
+    onnx.checker.check_model(model, full_check=True)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+class TestSmallFaults:
+    """Faults of a backend that change every answer a little; the golden check has to see them."""
+
+    @pytest.mark.parametrize(
+        ("graph", "fault"),
+        [
+            ("fp32", lambda images: np.roll(images, 1, axis=1)),
+            ("fp32", lambda images: np.roll(images, 1, axis=2)),
+            ("int8", lambda images: np.roll(images, 1, axis=1)),
+            ("int8", lambda images: np.roll(images, 1, axis=2)),
+            # Not int8: one step of brightness is one step of its first activation, no more than rounding.
+            ("fp32", lambda images: np.where(images < 255, images + 1, 255).astype(np.uint8)),
+        ],
+        ids=["fp32-a row lower", "fp32-a column on", "int8-a row lower", "int8-a column on", "fp32-a step brighter"],
+    )
+    def test_is_refused(
+        self,
+        graph: str,
+        fault: Callable[[Pixels], Pixels],
+        tmp_path: Path,
+        tiny: Callable[..., Bundle],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        model = small_cnn(graph)
+        wanted = open_ort_session(model).run(None, {"images": golden_images()})[0]
+        bundle = tiny(tmp_path / "b", (graph,), model=model, golden=wanted)
+        Session.open(bundle, "ort", graph).close()
+        run = OrtBackend._run
+        monkeypatch.setattr(OrtBackend, "_run", lambda self, images: run(self, fault(images)))
+        with pytest.raises(SessionError, match="answers the golden inputs wrongly: a probability is off by"):
+            Session.open(bundle, "ort", graph)
+
+
+class TestGoldenTolerance:
+    @pytest.mark.parametrize("graph", GRAPHS)
+    def test_onnx_runtime_gets_no_more_than_a_device(self, graph: str) -> None:
+        assert 0 < golden_tolerance(graph, "ort") <= GRAPHS[graph].golden_tolerance
+        for backend in ("tensorrt", "tensorrt_rtx", "a later one"):
+            assert golden_tolerance(graph, backend) == GRAPHS[graph].golden_tolerance
+
+    def test_int8_on_onnx_runtime(self) -> None:
+        """Above one value's other rounding (3.2e-2 seen), below what a shifted image makes."""
+        assert golden_tolerance("int8", "ort") == 5e-2
 
 
 class TestOpen:
@@ -278,6 +377,18 @@ class TestOpen:
 
         with pytest.raises(SessionError, match=r"labels\.txt: ONNX Runtime cannot load it"):
             Session.open(tiny(tmp_path / "b", change=spoil))
+
+    def test_a_graph_without_the_input(self, tmp_path: Path, tiny: Callable[..., Bundle]) -> None:
+        bundle = tiny(tmp_path / "b")
+        graph = reshaped(bundle, input="pixels_of_another")
+        with pytest.raises(SessionError, match=r"input pixels_of_another, needed is images.*Export"):
+            OrtBackend(graph)
+
+    def test_a_graph_that_fails_when_it_runs(self, tmp_path: Path, tiny: Callable[..., Bundle]) -> None:
+        backend = OrtBackend(reshaped(tiny(tmp_path / "b"), batch=2))
+        assert backend.run(noise(2)).shape == (2, 3)
+        with pytest.raises(SessionError, match=r"(?s)ONNX Runtime fails on images of shape \(3, 4, 6, 3\) \(.*Got: 3"):
+            backend.run(noise(3))
 
 
 class TestChooseGraph:

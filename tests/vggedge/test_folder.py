@@ -128,3 +128,13 @@ def test_unreadable_image_is_named_when_it_is_read(folder: Path) -> None:
 def test_name_is_what_the_user_typed(folder: Path) -> None:
     assert open_folder(folder, SPEC, name="photos").name == "photos"
     assert open_folder(folder, SPEC).name == str(folder)
+
+
+def test_files_of_no_image_format_are_named(tmp_path: Path) -> None:
+    for name in ("cat/a.png", "cat/b.heic", "cat/notes.txt", "dog/c.jpg", "dog/d.HEIC"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    images = open_folder(tmp_path, ImageSpec(height=8, width=8))
+
+    assert len(images) == 2
+    assert [path.name for path in images.skipped] == ["b.heic", "d.HEIC"]

@@ -37,3 +37,10 @@ def test_a_piped_table_is_not_folded(capsys: pytest.CaptureFixture[str]) -> None
     output.print_table("", ["path"], [["x" * 300]])
 
     assert "x" * 300 in capsys.readouterr().out
+
+
+def test_skipped_files_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_skipped([])
+    assert capsys.readouterr().err == ""
+    output.print_skipped([Path("cat/b.heic"), Path("dog/README")])
+    assert capsys.readouterr().err == "2 file(s) skipped, not read as images (.heic, no suffix): first cat/b.heic\n"

@@ -73,6 +73,8 @@ def command(
         advance(1, 1, "loading the model")
         spec = card.image if card else _spec_of(network, pixels)
         sources = sources or open_pair(calibration, evaluation, spec)
+        for each in filter(None, sources):
+            output.print_skipped(each.skipped)
         labels = _labels(card, sources[0].labels, network.outputs[0].shape[-1], json)
         chosen, held_out = divide(*sources, calibration_images, evaluation_images)
         sets = _load(chosen, "calibration", advance), _load(held_out, "evaluation", advance)

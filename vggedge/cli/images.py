@@ -29,6 +29,7 @@ def command(
         raise UsageError(f"{folder}: exists and is not empty. Name a new folder.")
     height, width, _ = parse_input(size)
     images = open_images(data, ImageSpec(height=height, width=width))
+    output.print_skipped(images.skipped)
     with output.progress(quiet=json) as advance:
         names = _write(images, folder.resolve(), advance)
     if json:

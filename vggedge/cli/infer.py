@@ -10,7 +10,7 @@ import typer
 
 from vggedge.cli import output
 from vggedge_runtime.errors import DataError, UsageError
-from vggedge_runtime.preprocess import find_images
+from vggedge_runtime.preprocess import find_images, find_other_files
 from vggedge_runtime.session import Session
 
 NAME = "infer"
@@ -66,6 +66,7 @@ def _expand(sources: list[Path]) -> list[Path]:
     for source in sources:
         if source.is_dir():
             found = find_images(source)
+            output.print_skipped(find_other_files(source))
             if not found:
                 raise DataError(f"{source}: no image in this folder or below it.")
             paths += found

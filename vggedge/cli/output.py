@@ -45,6 +45,13 @@ def print_note(text: str) -> None:
     Console(emoji=False, stderr=True, highlight=False, soft_wrap=True).print(escape(text), style="dim")
 
 
+def print_skipped(paths: Sequence[Path]) -> None:
+    """Say on stderr which files were left out because no image format of theirs is read; nothing if there are none."""
+    if paths:
+        kinds = sorted({path.suffix.lower() or "no suffix" for path in paths})
+        print_note(f"{len(paths)} file(s) skipped, not read as images ({', '.join(kinds)}): first {paths[0]}")
+
+
 def print_error(text: str) -> None:
     """Print an error on stderr."""
     Console(emoji=False, stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(text)}")

@@ -9,7 +9,7 @@ import msgspec
 import typer
 
 from vggedge.architecture import NORMALIZATIONS, get_spec, parse_input
-from vggedge.cli.output import JsonFlag, print_json, print_note, print_table, progress
+from vggedge.cli.output import JsonFlag, print_json, print_note, print_skipped, print_table, progress
 from vggedge.data import open_images
 from vggedge.model import ModelCard, check_output, write_model
 from vggedge.training import EpochFigures, History, TrainConfig, train, write_history
@@ -81,6 +81,7 @@ def command(
     )
     image = ImageSpec(height=spec.input[0], width=spec.input[1])
     images = open_images(data, image)
+    print_skipped(images.skipped)
     card = ModelCard(labels=images.labels, image=image)
     spec = msgspec.structs.replace(spec, classes=len(images.labels))
     with progress() as advance:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +22,14 @@ class ImageSet:
         labels: class names; a target is an index into them.
         targets: class of every image, int64 (n,).
         read_one: from 0..n-1 to one (height, width, 3) uint8 image.
+        skipped: files that lay among the images and are of no format that is read.
     """
 
     name: str
     labels: tuple[str, ...]
     targets: NDArray[np.int64]
     read_one: Callable[[int], Pixels]
+    skipped: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -20,9 +20,19 @@ class OrtBackend(Backend):
 
     def _load(self, graph: Path, threads: int) -> None:
         self._session: Any = open_ort_session(graph, threads=threads)
+        inputs = [each.name for each in self._session.get_inputs()]
+        if inputs != ["images"]:
+            raise SessionError(
+                f"{graph}: takes the input {', '.join(inputs)}, needed is images alone. Export the bundle again."
+            )
 
     def _run(self, images: Pixels) -> Probabilities:
-        answer: Probabilities = self._session.run(None, {"images": images})[0]
+        try:
+            answer: Probabilities = self._session.run(None, {"images": images})[0]
+        except Exception as error:  # its own exception types are not public
+            raise SessionError(
+                f"ONNX Runtime fails on images of shape {images.shape} ({error}). Try another batch size or precision."
+            ) from error
         return answer
 
     def _close(self) -> None:
