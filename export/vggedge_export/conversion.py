@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,7 @@ def graph_from_keras(model: keras.Model, normalization: Normalization | None = N
     graph.rename_tensor(graph.outputs[0].name, OUTPUT)
     graph.inputs = [value_info(INPUT, np.uint8, ["N", *model.inputs[0].shape[1:]])]
     graph.outputs = [value_info(OUTPUT, np.float32, ["N", model.outputs[0].shape[-1]])]
-    _name_by_layer(graph, [layer.name for layer in model.layers])
+    _name_by_layer(graph, [layer.name for layer in _layers_within(model)])
     return graph
 
 
@@ -98,6 +99,7 @@ def check_exportable(model: keras.Model, normalization: Normalization | None) ->
             f"{model.name}: its input is {size}; needed is (None, height, width, 3), channels last and of fixed "
             "size. Rebuild the model with keras.Input((height, width, 3))."
         )
+    _check_float32(model)
     inside = normalizing_layer(model)
     if inside is not None and normalization is not None:
         raise ModelError(
@@ -109,6 +111,17 @@ def check_exportable(model: keras.Model, normalization: Normalization | None) ->
             f"{model.name}: its output is {scores}; needed is (None, classes) with at least 2 classes. "
             "End the model with a Dense layer of one unit a class and a softmax."
         )
+
+
+def _check_float32(model: keras.Model) -> None:
+    """Raise ModelError where a layer computes in another float type: the FP32 graph is what all proof starts from."""
+    for layer in _layers_within(model):
+        if "float" in layer.compute_dtype and layer.compute_dtype != "float32":
+            raise ModelError(
+                f"{model.name}: its layer {layer.name!r} computes in {layer.compute_dtype}; needed is float32, from "
+                'which export makes FP16 and INT8 itself. Call keras.config.set_dtype_policy("float32"), build the '
+                "same model again and give it this one's weights: new.set_weights(old.get_weights())."
+            )
 
 
 def normalizing_layer(model: keras.Model) -> str | None:
@@ -150,24 +163,38 @@ def _join_weights(graph: Graph, variables: dict[str, Any], constants: dict[str, 
 
     ``constants`` are tensors that a layer holds outside its variables, as Normalization does; they have no owner.
     """
+    owners = _owning_layers([variable.path for variable in variables.values()])
     for value in graph.inputs:
         if value.name in variables:
             graph.weights[value.name] = np.asarray(variables[value.name])
-            graph.layer_of[value.name] = variables[value.name].path.rpartition("/")[0]
+            graph.layer_of[value.name] = owners[variables[value.name].path]
         elif value.name != INPUT:
             graph.weights[value.name] = np.asarray(constants[value.name])
     graph.drop_unused()
 
 
+def _owning_layers(paths: list[str]) -> dict[str, str]:
+    """Layer of every variable: ``model/conv1/kernel`` -> ``conv1``, or ``model/conv1`` where two share a name."""
+    layers = {path: path.rpartition("/")[0] for path in paths}
+    shared = Counter(layer.rpartition("/")[2] for layer in set(layers.values()))
+    short = {layer: layer.rpartition("/")[2] for layer in layers.values()}
+    return {path: short[layer] if shared[short[layer]] == 1 else layer for path, layer in layers.items()}
+
+
 def _name_by_layer(graph: Graph, layers: list[str]) -> None:
     """Name nodes after the layer in whose scope TensorFlow made them: ``block1_pool_1/MaxPool2d`` -> ``block1_pool``.
 
-    TensorFlow numbers a scope that it has seen before. Layers with weights are named from those instead
-    (passes/name_layers.py), so a guess here can only touch layers without any.
+    A nested model's name stands before its layer's, and TensorFlow numbers a scope that it has seen before, as Keras
+    numbers layers: ``pool_1`` is ``pool`` or ``pool_1``, whichever no scope before it was. Layers with weights are
+    named from those instead (passes/name_layers.py), so a guess here can only touch layers without any.
     """
-    known = set(layers)
+    known, found = set(layers), dict[str, str]()
     for node in graph.nodes:
-        scope, _, rest = node.name.partition("/")
-        layer = re.sub(r"_\d+$", "", scope)
-        if layer in known and rest:
-            node.name = f"{layer}/{rest}"
+        scope, _, operation = node.name.rpartition("/")
+        if scope not in found:
+            parts = (guess for part in scope.split("/") for guess in (re.sub(r"_\d+$", "", part), part))
+            guesses = [guess for guess in parts if guess in known]
+            fresh = [guess for guess in guesses if guess not in found.values()]
+            found[scope] = next(iter(fresh + guesses), scope)
+        if scope:
+            node.name = f"{found[scope]}/{operation}"

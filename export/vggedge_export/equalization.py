@@ -3,6 +3,11 @@
 Source: Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section
 4.1 (arXiv 1906.04721). relu(s x) = s relu(x) for s > 0, so channel c of a layer may be divided by s_c if the
 next layer multiplies it again; s_c is chosen so that both layers' channels span the same range.
+
+The paper warns ("Absorbing high biases") that a small s_c makes a bias high, and with it the one range that all
+activations share. Here a bias counts as part of its channel's range, so that s_c stays ordinary where a kernel is
+next to nothing and its bias is not. A fixed limit on s_c would not do: it would stop the equalisation of channels
+that are truly far apart, and still let a bias grow up to that limit.
 """
 
 from __future__ import annotations
@@ -12,12 +17,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vggedge_export.graph import Graph, nodes_of
+from vggedge_export.graph import Graph, attribute, nodes_of
 
 if TYPE_CHECKING:
     import onnx
 
 _HOMOGENEOUS = frozenset({"Relu", "MaxPool", "Flatten", "Dropout", "Identity"})
+_TINY = 1e-30  # keeps a layer of zeros from dividing by zero
 _SWEEPS = 20  # ranges settle along the chain; the paper iterates to convergence, which comes well before
 
 
@@ -35,10 +41,14 @@ def equalized_graph(graph: Graph) -> Graph:
         if (behind := _next_layer(twin, layer)) is not None and _are_their_own(twin, layer, behind)
     ]
     scales = {first.name: np.ones(len(ranges[first.name])) for first, _ in pairs}
+    constants = {first.name: _constant_shares(twin, first) for first, _ in pairs}
     for _ in range(_SWEEPS):
         for first, second in pairs:
             before, after = ranges[first.name], _grouped(ranges[second.name], len(ranges[first.name]))
-            step = _balance(before.max(axis=1), after.max(axis=(0, 2)))
+            shares, gains = (part / scales[first.name] for part in constants[first.name])
+            kernels = before.max(axis=1)
+            biases = shares * (kernels.max() / max(gains.max(), _TINY))  # in units of the kernel's range
+            step = _balance(np.maximum(kernels, biases), after.max(axis=(0, 2)))
             before /= step[:, None]
             after *= step[:, None]  # a view: the second layer's own table changes
             scales[first.name] *= step
@@ -55,17 +65,35 @@ def _channel_ranges(graph: Graph, layer: onnx.NodeProto) -> NDArray[np.float64]:
     return largest
 
 
+def _constant_shares(graph: Graph, layer: onnx.NodeProto) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What every output channel gives without and with its input: (|bias|, root of the kernel's sum of squares).
+
+    The second is the spread of the channel's results for inputs of spread 1, which activations have roughly;
+    nothing finer is needed to tell an ordinary bias from one that would set the range for all.
+    """
+    kernel = graph.weights[layer.input[1]]
+    rows = kernel.reshape(len(kernel), -1)
+    gains = np.sqrt(np.einsum("ij,ij->i", rows, rows).astype(np.float64))  # no copy of the weights
+    bias = np.abs(graph.weights[layer.input[2]]) if len(layer.input) > 2 else np.zeros(len(kernel))
+    return bias.astype(np.float64), gains
+
+
 def _grouped(columns: NDArray[np.floating], channels: int) -> NDArray[np.floating]:
     """(out, in, ...) as (out, channels, places): behind a Flatten a channel is a run of neighbouring columns."""
     return columns.reshape(len(columns), channels, -1)
 
 
 def _next_layer(graph: Graph, layer: onnx.NodeProto) -> onnx.NodeProto | None:
-    """The convolution or dense layer behind ``layer`` with nothing between them that scaling does not pass."""
+    """The convolution or dense layer behind ``layer`` with nothing between them that scaling does not pass.
+
+    None where either is a grouped convolution: its kernel has fewer input channels than its input.
+    """
     node = graph.only_consumer(layer.output[0])
     while node is not None and node.op_type in _HOMOGENEOUS:
         node = graph.only_consumer(node.output[0])
-    return node if node is not None and node.op_type in {"Conv", "Gemm"} else None
+    if node is None or node.op_type not in {"Conv", "Gemm"}:
+        return None
+    return node if all(attribute(each, "group", 1) == 1 for each in (layer, node)) else None
 
 
 def _are_their_own(graph: Graph, first: onnx.NodeProto, second: onnx.NodeProto) -> bool:

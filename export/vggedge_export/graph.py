@@ -88,6 +88,18 @@ class Graph:
             self._serial += 1
         return name
 
+    def derive(self, old: str, new_stem: str, array: Weight) -> str:
+        """Add ``array``, made from the weight ``old``, under a free name; it belongs to the same layer.
+
+        Returns:
+            Its name.
+        """
+        name = self.new_name(new_stem)
+        self.weights[name] = array
+        if old in self.layer_of:
+            self.layer_of[name] = self.layer_of[old]
+        return name
+
     def rename_tensor(self, old: str, new: str) -> None:
         """Rename a tensor everywhere; graph inputs and outputs follow.
 

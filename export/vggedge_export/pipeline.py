@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -20,8 +21,15 @@ from vggedge_export.engine import EngineConfig
 from vggedge_export.equalization import equalized_graph
 from vggedge_export.float16 import float16_graph, rounding_twin
 from vggedge_export.graph import Graph
-from vggedge_export.passes import PassRecord, apply_passes
-from vggedge_export.quantization import INT8, INT8_RTX, QuantizationRecipe, quantized_graph, quantized_layers
+from vggedge_export.passes import apply_passes
+from vggedge_export.quantization import (
+    INT8,
+    INT8_RTX,
+    QuantizationRecipe,
+    check_quantizable,
+    quantized_graph,
+    quantized_layers,
+)
 from vggedge_export.verification import (
     LabelledImages,
     Scores,
@@ -32,13 +40,13 @@ from vggedge_export.verification import (
     keras_scores,
 )
 from vggedge_runtime import bundle as bundles
-from vggedge_runtime.bundle import GoldenRecord, GraphRecord, Manifest, StepRecord
+from vggedge_runtime.bundle import DataRecord, GoldenRecord, GraphRecord, Manifest, PassRecord
 from vggedge_runtime.device import tool_versions
 from vggedge_runtime.engine_cache import EngineRecord
 from vggedge_runtime.errors import DataError, ModelError, UsageError
 from vggedge_runtime.graphs import GRAPHS, PRECISIONS, graphs_of
 from vggedge_runtime.preprocess import ImageSpec
-from vggedge_runtime.statistics import Proportion, build_proportion
+from vggedge_runtime.statistics import build_proportion
 from vggedge_runtime.tensorrt_api import TensorRtApi, load_tensorrt
 
 if TYPE_CHECKING:
@@ -77,14 +85,12 @@ class ExportResult(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         bundle: the folder.
-        keras_accuracy: of the Keras model on the evaluation images.
         manifest: the bundle's manifest, with the evidence of every graph.
         engines: those built.
         converted_op_counts: op counts before the passes.
     """
 
     bundle: str
-    keras_accuracy: Proportion
     manifest: Manifest
     engines: tuple[EngineRecord, ...]
     converted_op_counts: dict[str, int]
@@ -105,7 +111,8 @@ def export(
 
     Args:
         model: a Keras model, or a function that gives one. What only the function holds is freed as soon as its
-            weights are in the graph, which keeps the full VGG-16 under 4 GB.
+            weights are in the graph; with TF_ENABLE_ONEDNN_OPTS=0 set before TensorFlow is imported, as the command
+            line does, that keeps the full VGG-16 under 4 GB.
         path: folder to write; replaced as a whole if it is a bundle already, and only at the very end.
         image: how images become the input; goes into the bundle.
         labels: class names in the order of the output.
@@ -124,17 +131,16 @@ def export(
         engines.check_buildable(api)
     inputs = _Inputs(image, labels, calibration, evaluation)
     with bundles.write_bundle(path) as staging:
-        facts = _make_graphs(staging, model, inputs, config, progress)
+        manifest, converted_op_counts = _make_graphs(staging, model, inputs, config, progress)
         (staging / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-        bundles.write_manifest(staging, facts.manifest)
+        bundles.write_manifest(staging, manifest)
         built = _build_engines(staging, api, config, progress)
         manifest = bundles.Bundle.open(staging).manifest
     return ExportResult(
         bundle=str(path),
-        keras_accuracy=facts.keras_accuracy,
         manifest=manifest,
         engines=built,
-        converted_op_counts=facts.converted_op_counts,
+        converted_op_counts=converted_op_counts,
     )
 
 
@@ -160,25 +166,23 @@ class _Converted:
     passes: list[PassRecord]
 
 
-@dataclass(frozen=True)
-class _Facts:
-    """What the graphs' making brought to light; holds no weights."""
-
-    manifest: Manifest
-    keras_accuracy: Proportion
-    converted_op_counts: dict[str, int]
-
-
 def _make_graphs(
     staging: Path,
     model: keras.Model | Callable[[], keras.Model],
     inputs: _Inputs,
     config: ExportConfig,
     progress: Progress,
-) -> _Facts:
+) -> tuple[Manifest, dict[str, int]]:
+    """Make, write and prove all graphs: (the manifest without its files, op counts before the passes).
+
+    Nothing that is returned holds weights: the engines' build needs the memory.
+    """
     converted = _convert(model, inputs, progress)
+    if "int8" in config.precisions:
+        check_quantizable(converted.graph, INT8)
     maker = _GraphMaker(staging, converted.graph, inputs.calibration, inputs.evaluation, progress)
     evidence = maker.make_all(config.graphs, converted.scores)
+    right = int((converted.scores.argmax(1) == inputs.evaluation.targets).sum())
     manifest = Manifest(
         format_version=bundles.FORMAT_VERSION,
         name=converted.name,
@@ -188,13 +192,13 @@ def _make_graphs(
         labels=inputs.labels,
         graphs=evidence,
         golden=maker.write_golden(),
-        passes=tuple(StepRecord(p.name, p.changes, p.nodes_before, p.nodes_after) for p in converted.passes),
-        data={"calibration": _describe(inputs.calibration), "evaluation": _describe(inputs.evaluation)},
+        passes=tuple(converted.passes),
+        keras_accuracy=build_proportion(right, len(converted.scores)),
+        data={"calibration": _record(inputs.calibration), "evaluation": _record(inputs.evaluation)},
         tools=tool_versions("vggedge", "keras", "tensorflow", "tf2onnx", "onnx", "onnxruntime", "numpy"),
         files={},
     )
-    right = int((converted.scores.argmax(1) == inputs.evaluation.targets).sum())
-    return _Facts(manifest, build_proportion(right, len(converted.scores)), converted.op_counts)
+    return manifest, converted.op_counts
 
 
 @dataclass
@@ -344,5 +348,5 @@ def _check_inputs(model: keras.Model, inputs: _Inputs) -> None:
                 raise DataError(f"{data.name}: class number {target}; the model has {classes} classes, from 0 on.")
 
 
-def _describe(data: LabelledImages) -> str:
-    return f"{data.name}, {len(data.images)} images"
+def _record(data: LabelledImages) -> DataRecord:
+    return DataRecord(name=data.name, images=len(data.images), sha256=hashlib.sha256(data.images.data).hexdigest())

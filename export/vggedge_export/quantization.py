@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vggedge_export.graph import Graph, make_node, nodes_of
+from vggedge_runtime.errors import ModelError
 
 if TYPE_CHECKING:
     import onnx
@@ -54,6 +55,16 @@ def quantized_layers(graph: Graph, recipe: QuantizationRecipe) -> list[onnx.Node
     return layers[0 if recipe.quantize_first else 1 : None if recipe.quantize_last else -1]
 
 
+def check_quantizable(graph: Graph, recipe: QuantizationRecipe) -> None:
+    """Raise ModelError where ``recipe`` finds nothing to quantise: an INT8 graph would be the FP32 one."""
+    if not quantized_layers(graph, recipe):
+        found = ", ".join(node.name for node in nodes_of(graph, "Conv", "Gemm")) or "none"
+        raise ModelError(
+            f"no layer to quantise: INT8 needs a convolution or dense layer before the last one, and of these the "
+            f"model has: {found}. Export with --precision fp32,fp16."
+        )
+
+
 def exact_input_scale(graph: Graph) -> dict[str, float]:
     """Scale of the first layer's input where the head maps pixels onto INT8 steps exactly, else nothing.
 
@@ -61,16 +72,21 @@ def exact_input_scale(graph: Graph) -> dict[str, float]:
     p - 128, from -128 to 127: nothing is rounded and nothing is clipped.
     """
     first = next(nodes_of(graph, "Conv", "Gemm"))
-    offset = graph.producer(first.input[0])
-    scale = graph.producer(offset.input[0]) if offset is not None else None
-    if offset is None or scale is None or (scale.op_type, offset.op_type) != ("Mul", "Add"):
-        return {}
-    factors = [graph.weights.get(scale.input[1]), graph.weights.get(offset.input[1])]
-    is_exact = all(
-        array is not None and array.size == 1 and float(array.reshape(())) == value
-        for array, value in zip(factors, (1 / 128, -1.0), strict=True)
-    )
-    return {first.input[0]: 1 / 128} if is_exact else {}
+    scaled = _without_constant(graph, first.input[0], "Add", -1.0)
+    pixels = _without_constant(graph, scaled, "Mul", 1 / 128) if scaled is not None else None
+    return {first.input[0]: 1 / 128} if pixels is not None else {}
+
+
+def _without_constant(graph: Graph, tensor: str, op: str, constant: float) -> str | None:
+    """What ``tensor`` was before ``op`` with that one number, which may be either operand; None if it is not so."""
+    node = graph.producer(tensor)
+    if node is None or node.op_type != op:
+        return None
+    for data, name in (tuple(node.input), tuple(node.input)[::-1]):
+        array = graph.weights.get(name)
+        if array is not None and array.size == 1 and float(array.reshape(())) == constant:
+            return str(data)
+    return None
 
 
 def quantized_graph(graph: Graph, recipe: QuantizationRecipe, magnitudes: Mapping[str, float]) -> Graph:

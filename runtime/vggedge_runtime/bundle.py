@@ -102,7 +102,24 @@ class GoldenRecord(msgspec.Struct, frozen=True, kw_only=True):
     outputs: dict[str, str]
 
 
-class StepRecord(msgspec.Struct, frozen=True):
+class DataRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The images of one purpose, so that evidence can be repeated on the very same.
+
+    Attributes:
+        name: as the user named them.
+        images: how many.
+        sha256: of their decoded and resized pixels, in order.
+    """
+
+    name: str
+    images: int
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.images} images"
+
+
+class PassRecord(msgspec.Struct, frozen=True):
     """One pass: its name, the places it changed, nodes before and after."""
 
     name: str
@@ -124,7 +141,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         graphs: by name.
         golden: inputs and answers for the check at opening.
         passes: what was done to the converted graph.
-        data: which images were used for ``calibration`` and ``evaluation``, as the user named them.
+        keras_accuracy: of the Keras model on the evaluation images.
+        data: the images used for ``calibration`` and ``evaluation``.
         tools: versions of what made the bundle.
         files: hash and size of every file that the manifest covers.
     """
@@ -137,8 +155,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     labels: tuple[str, ...]
     graphs: dict[str, GraphRecord]
     golden: GoldenRecord
-    passes: tuple[StepRecord, ...]
-    data: dict[str, str]
+    passes: tuple[PassRecord, ...]
+    keras_accuracy: Proportion
+    data: dict[str, DataRecord]
     tools: dict[str, str]
     files: dict[str, FileRecord]
 

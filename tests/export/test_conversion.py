@@ -302,6 +302,19 @@ def test_other_models_keep_their_numbers_too(
     np.testing.assert_allclose(run_graph(graph, images=images)[0], wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("keepdims", [False, True])
+@pytest.mark.parametrize("kind", ["Average", "Max"])
+def test_global_pooling_leaves_one_transpose(
+    kind: str, keepdims: bool, clean: Callable[..., Graph], run_graph: Callable[..., list[np.ndarray]]
+) -> None:
+    pool = getattr(layers, f"Global{kind}Pooling2D")(keepdims=keepdims)
+    model = small(conv(activation="relu"), conv("conv2", 5, activation="relu"), pool)
+    graph, images = clean(model), images_for(model)
+    wanted = np.asarray(model(images.astype(np.float32), training=False))
+    np.testing.assert_allclose(run_graph(graph, images=images)[0], wanted, rtol=0, atol=1e-6)
+    assert graph.op_counts()["Transpose"] == 1
+
+
 def test_layers_that_are_used_twice_keep_their_numbers(
     clean: Callable[..., Graph], run_graph: Callable[..., list[np.ndarray]]
 ) -> None:
@@ -334,7 +347,63 @@ def test_a_layer_may_have_a_name_of_the_graph(
     np.testing.assert_allclose(run_graph(graph, images=images)[0], wanted, rtol=0, atol=1e-5)
 
 
+# --- names
+
+
+def block(name: str) -> Any:
+    inside = [conv("conv", activation="relu"), layers.MaxPooling2D(name=f"{name}_pool"), layers.LeakyReLU(name="leaky")]
+    return keras.Sequential(inside, name=name)
+
+
+def test_a_sequential_models_own_name_is_in_no_node(clean: Callable[..., Graph]) -> None:
+    body = [rescaling(), conv(activation="relu"), layers.MaxPooling2D(name="pool1"), layers.Flatten(name="flat")]
+    graph = clean(keras.Sequential([keras.Input((12, 12, 3)), *body, layers.Dense(3, "softmax", name="top")]))
+    behind_head = [node.name for node in graph.nodes if not node.name.startswith("head/")]
+    assert behind_head == ["conv1", "conv1/relu", "pool1", "flat", "top", "top/softmax"]
+    assert {"conv1/kernel", "conv1/bias", "top/kernel"} <= set(graph.weights)
+
+
+def test_nested_layers_are_named_by_their_own_name_unless_two_share_it(
+    clean: Callable[..., Graph], run_graph: Callable[..., list[np.ndarray]]
+) -> None:
+    model = small(block("first"), block("second"), conv("alone", padding="same"), size=(20, 20, 3))
+    graph, images = clean(model), images_for(model)
+    wanted = np.asarray(model(images.astype(np.float32), training=False))
+    np.testing.assert_allclose(run_graph(graph, images=images)[0], wanted, rtol=0, atol=1e-5)
+    names = [node.name for node in graph.nodes if node.op_type != "Relu" and not node.name.startswith("head/")]
+    assert names == [
+        *("first/conv", "first_pool", "leaky", "second/conv", "second_pool", "leaky_2"),
+        *("alone", "flatten", "top", "top/softmax"),
+    ]
+
+
+def test_numbered_layers_keep_their_numbers(clean: Callable[..., Graph]) -> None:
+    """Keras and TensorFlow both number by ``_1``."""
+    pools = [layers.MaxPooling2D(name=name) for name in ("pool", "pool_1", "pool_2")]
+    graph = clean(small(*pools, size=(16, 16, 3)))
+    assert [node.name for node in graph.nodes if node.op_type == "MaxPool"] == ["pool", "pool_1", "pool_2"]
+
+
 # --- what cannot be exported
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16"])
+def test_a_model_that_does_not_compute_in_float32_is_refused_with_its_cure(policy: str) -> None:
+    def body() -> tuple[Any, ...]:
+        return conv(), keras.Sequential([layers.Conv2D(2, 1, name="inner", dtype=policy)])
+
+    with pytest.raises(ModelError, match=r"'inner' computes in b?float16.*set_dtype_policy\(\"float32\"\)"):
+        check_exportable(small(*body()), None)
+    keras.config.set_dtype_policy(policy)
+    try:
+        whole = small(conv())
+    finally:
+        keras.config.set_dtype_policy("float32")
+    with pytest.raises(ModelError, match="needed is float32"):
+        check_exportable(whole, None)
+    again = small(conv())
+    again.set_weights(whole.get_weights())
+    check_exportable(again, None)
 
 
 def two_inputs() -> Any:

@@ -130,6 +130,7 @@ def bundle(tmp_path: Path) -> Path:
             graphs={"fp32": record},
             golden=GoldenRecord(inputs="golden/inputs.npy", outputs={"fp32": "golden/outputs.fp32.npy"}),
             passes=(),
+            keras_accuracy=build_proportion(1, 1),
             data={},
             tools={},
             files={},

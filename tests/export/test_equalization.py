@@ -158,12 +158,67 @@ def test_a_tensor_with_a_second_reader_or_that_is_an_output_stops_it() -> None:
 def test_a_dead_channel_is_left_as_it_is(kernel: str, index: Any, same: Callable[..., None]) -> None:
     graph = chain()
     graph.weights[kernel][index] = 0
+    graph.weights["b1"][2] = 0
     twin = equalized_graph(graph)
     same(graph, twin)
     assert all(np.isfinite(array).all() for array in twin.weights.values())
     np.testing.assert_array_equal(twin.weights["k1"][2], graph.weights["k1"][2])
     np.testing.assert_array_equal(twin.weights["k2"][:, 2], graph.weights["k2"][:, 2])
     assert not np.array_equal(twin.weights["k1"][3], graph.weights["k1"][3])
+
+
+def headroom(graph: Graph, tensor: str, run_graph: Callable[..., list[np.ndarray]]) -> float:
+    """How much of one common range the middle channel leaves unused: the tensor's magnitude over that channel's.
+
+    What INT8 with one scale a tensor loses; no uniform factor changes it.
+    """
+    probe = graph.copy()
+    probe.outputs = [value_info(tensor, np.float32, ["N", "c", "h", "w"])]
+    probe.drop_unused()
+    magnitudes = np.abs(run_graph(probe, x=draw(3, 3, 4, 6, seed=8))[0]).max(axis=(0, 2, 3))
+    return float(magnitudes.max() / np.median(magnitudes))
+
+
+@pytest.mark.parametrize("louder", [1.0, 0.01, 100.0], ids=lambda factor: f"next layer x{factor}")
+@pytest.mark.parametrize("kernel", [1e-2, 1e-3, 1e-7, 1e-12, 0.0])
+@pytest.mark.parametrize("bias", [0.5, -0.5, 3.0])
+def test_a_bias_on_next_to_no_kernel_does_not_set_the_range_for_all(
+    kernel: float, bias: float, louder: float, same: Callable[..., None], run_graph: Callable[..., list[np.ndarray]]
+) -> None:
+    graph = chain()
+    for name in ("k1", "b1"):
+        graph.weights[name] = (graph.weights[name].T / uneven(6)).T
+    graph.weights["k1"][0] *= kernel
+    graph.weights["b1"][0] = bias
+    graph.weights["k2"] = draw(5, 6, 3, 3, seed=2) * np.float32(louder)
+    twin = equalized_graph(graph)
+    same(graph, twin)
+    assert headroom(twin, "conv1", run_graph) < 2 * headroom(graph, "conv1", run_graph)
+
+
+def test_ordinary_biases_do_not_keep_channels_apart(run_graph: Callable[..., list[np.ndarray]]) -> None:
+    """100 times between the kernels, and biases that do not follow them."""
+    graph = chain()
+    graph.weights["b1"] = draw(6, seed=1) * np.float32(0.1)
+    twin = equalized_graph(graph)
+    assert spread(twin.weights["k1"], 0, 6) < 3
+    assert spread(twin.weights["k2"], 1, 6) < 3
+    assert headroom(twin, "conv1", run_graph) < headroom(graph, "conv1", run_graph)
+
+
+@pytest.mark.parametrize("grouped", ["conv1", "conv2"])
+def test_grouped_convolutions_are_left_alone(grouped: str, same: Callable[..., None]) -> None:
+    graph = chain()
+    node = next(node for node in graph.nodes if node.name == grouped)
+    node.attribute.add(name="group", i=3, type=2)
+    kernel = node.input[1]
+    graph.weights[kernel] = draw(6 if grouped == "conv1" else 9, 1 if grouped == "conv1" else 2, 3, 3)
+    if grouped == "conv2":
+        graph.weights["b2"] = draw(9)
+        graph.outputs = [value_info("y", np.float32, ["N", 9, 4, 6])]
+    twin = equalized_graph(graph)
+    same(graph, twin)
+    assert all(np.array_equal(twin.weights[name], graph.weights[name]) for name in graph.weights)
 
 
 @pytest.mark.parametrize("shared", ["k1", "b1"], ids=["kernel", "bias"])

@@ -372,3 +372,12 @@ def test_attributes_are_read_and_have_a_default() -> None:
     node = make_node("Transpose", ["x"], "y", "t", perm=[0, 2, 1])
     assert (node.name, attribute(node, "perm"), attribute(node, "other", 3)) == ("t", [0, 2, 1], 3)
     assert make_node("Relu", ["x"], "y").name == "y"
+
+
+def test_what_is_derived_from_a_weight_belongs_to_its_layer() -> None:
+    graph = Graph([], {"k": np.ones(2), "k_t_0": np.ones(1), "loose": np.ones(1)}, [], [], layer_of={"k": "conv1"})
+    first, second = (graph.derive("k", "k_t", np.full(3, value)) for value in (1, 2))
+    alone = graph.derive("loose", "k_t", np.zeros(1))
+    assert len({"k_t_0", first, second, alone}) == 4
+    assert graph.weights[second].tolist() == [2, 2, 2]
+    assert graph.layer_of == {"k": "conv1", first: "conv1", second: "conv1"}

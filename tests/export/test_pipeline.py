@@ -135,7 +135,10 @@ def test_the_manifest_says_what_was_exported_from_what(
     assert (manifest.name, manifest.parameters) == ("vgg9_compact", model.count_params())
     assert (manifest.image, manifest.labels) == (IMAGE, LABELS)
     assert (path / "labels.txt").read_text(encoding="utf-8").splitlines() == list(LABELS)
-    assert manifest.data == {"calibration": "holiday, 32 images", "evaluation": "scenes:24, 24 images"}
+    assert {use: str(each) for use, each in manifest.data.items()} == {
+        "calibration": "holiday, 32 images",
+        "evaluation": "scenes:24, 24 images",
+    }
     assert datetime.fromisoformat(manifest.created).utcoffset().total_seconds() == 0
     assert {"keras", "tensorflow", "tf2onnx", "onnx", "onnxruntime", "numpy"} <= set(manifest.tools)
     assert [step.name for step in manifest.passes] == [step.name for step in PASSES]
@@ -181,7 +184,7 @@ def test_the_evidence_says_against_what_how_and_how_well(whole: tuple[Path, Expo
         "int8": ("fp32", "measured", 24),
         "int8-rtx": ("fp32", "emulated", 24),
     }
-    assert result.keras_accuracy == build_proportion(19, 24)
+    assert result.manifest.keras_accuracy == build_proportion(19, 24)
     assert evidence["fp32"].accuracy == build_proportion(19, 24)
     assert evidence["fp32"].agreement == build_proportion(24, 24)
     assert evidence["fp32"].max_abs_difference < 1e-5
@@ -588,6 +591,39 @@ def test_a_model_without_softmax_is_refused(settings: dict[str, Any], tmp_path: 
     with pytest.raises(ModelError, match=r"ends in top \(Gemm\), not in a softmax"):
         export(logits, tmp_path / "b", **settings, config=ExportConfig(engine="none"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_layer_to_quantise_int8_is_refused_and_the_rest_is_made(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    inputs = keras.Input((32, 32, 3))
+    flat = keras.layers.Flatten()(keras.layers.Rescaling(1 / 128, offset=-1)(inputs))
+    linear = keras.Model(inputs, keras.layers.Dense(5, "softmax", name="only")(flat))
+    with pytest.raises(ModelError, match=r"no layer to quantise.*has: only\..*--precision fp32,fp16"):
+        export(linear, tmp_path / "b", **settings, config=ExportConfig(engine="none"))
+    assert not list(tmp_path.iterdir())
+    export(linear, tmp_path / "b", **settings, config=ExportConfig(engine="none", precisions=("fp32", "fp16")))
+    assert set(Bundle.open(tmp_path / "b").manifest.graphs) == {"fp32", "fp16"}
+
+
+def test_a_depthwise_model_is_exported_in_all_precisions(
+    settings: dict[str, Any], randomise: Callable[..., None], tmp_path: Path
+) -> None:
+    inputs = keras.Input((32, 32, 3))
+    outputs = keras.layers.Rescaling(1 / 128, offset=-1)(inputs)
+    outputs = keras.layers.Conv2D(8, 3, activation="relu", name="conv")(outputs)
+    outputs = keras.layers.DepthwiseConv2D(3, activation="relu", name="depthwise")(outputs)
+    outputs = keras.layers.Conv2D(6, 1, activation="relu", name="pointwise")(outputs)
+    outputs = keras.layers.GlobalAveragePooling2D(name="pool")(outputs)
+    model = keras.Model(inputs, keras.layers.Dense(5, "softmax", name="top")(outputs))
+    randomise(model)
+    manifest = export(model, tmp_path / "b", **settings, config=ExportConfig(engine="none")).manifest
+    assert set(manifest.graphs) == set(GRAPHS)
+    for name, record in manifest.graphs.items():
+        assert record.op_counts["Transpose"] == 1
+        assert record.evidence.max_abs_difference < (1e-5 if name == "fp32" else 0.05)
+    graph = read_graph(tmp_path / "b" / manifest.graphs["int8"].file)
+    assert graph.weights["depthwise/kernel_scale"].shape == (8,)
 
 
 def test_a_model_with_weights_that_are_no_numbers_is_refused(

@@ -13,12 +13,14 @@ from vggedge_export.quantization import (
     INT8,
     INT8_RTX,
     QuantizationRecipe,
+    check_quantizable,
     exact_input_scale,
     int8_steps,
     quantized_graph,
     quantized_layers,
 )
 from vggedge_runtime.backends.ort import open_ort_session
+from vggedge_runtime.errors import ModelError
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -209,6 +211,23 @@ def test_behind_any_other_head_the_first_scale_is_calibrated(head: tuple | None)
     assert exact_input_scale(plain) == {}
     graph = quantized_graph(plain, INT8, {source: 3.0, "pool": 2.0})
     assert input_scales(graph)["c1"].item() == pytest.approx(3 / 127, rel=1e-6)
+
+
+@pytest.mark.parametrize("swapped", ["scaled", "head"])
+def test_the_head_is_exact_whichever_operand_comes_first(swapped: str) -> None:
+    plain = net()
+    node = next(node for node in plain.nodes if node.name == swapped)
+    node.input[:] = list(node.input)[::-1]
+    assert exact_input_scale(plain) == {"head": 1 / 128}
+
+
+def test_a_net_without_a_layer_to_quantise_is_refused_with_what_it_has() -> None:
+    plain = net()
+    check_quantizable(plain, INT8)
+    plain.nodes = [node for node in plain.nodes if node.name not in {"c1", "c2"}]
+    with pytest.raises(ModelError, match=r"no layer to quantise.*has: fc\. Export with --precision fp32,fp16"):
+        check_quantizable(plain, INT8)
+    check_quantizable(plain, QuantizationRecipe(per_channel=True, quantize_last=True))
 
 
 def test_one_factor_a_channel_is_no_exact_head() -> None:

@@ -281,7 +281,7 @@ def test_a_real_export(
     fp32, int8 = result.manifest.graphs["fp32"].evidence, result.manifest.graphs["int8"].evidence
     assert (fp32.against, fp32.images, fp32.agreement.count) == ("keras", 24, 24)
     assert fp32.max_abs_difference < 1e-4
-    assert fp32.accuracy == result.keras_accuracy
+    assert fp32.accuracy == result.manifest.keras_accuracy
     assert int8.against == "fp32"
     assert [path.name for path in tiny_bundle.parent.iterdir()] == ["tiny"]
 

@@ -148,7 +148,7 @@ def _labels(card: ModelCard | None, found: tuple[str, ...], classes: int, quiet:
 
 def _print_tables(result: ExportResult) -> None:
     manifest = result.manifest
-    rows: list[list[object]] = [["keras", "measured", "", "", result.keras_accuracy, ""]]
+    rows: list[list[object]] = [["keras", "measured", "", "", manifest.keras_accuracy, ""]]
     for name, graph in manifest.graphs.items():
         proof = graph.evidence
         size = manifest.files[graph.file].size_bytes

@@ -20,6 +20,7 @@ from vggedge_export.passes import (
     name_layers,
     raise_opset,
 )
+from vggedge_runtime.bundle import PassRecord
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,6 @@ class Pass:
     name: str
     run: Callable[[Graph], int]
     why: str
-
-
-@dataclass(frozen=True)
-class PassRecord:
-    """What one pass did: places changed, nodes before and after."""
-
-    name: str
-    changes: int
-    nodes_before: int
-    nodes_after: int
 
 
 PASSES: tuple[Pass, ...] = (

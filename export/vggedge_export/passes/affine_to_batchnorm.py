@@ -57,12 +57,7 @@ def _rewrite(graph: Graph, mul: onnx.NodeProto, add: onnx.NodeProto, data: str, 
         "mean": np.zeros(channels, np.float32),
         "variance": np.ones(channels, np.float32),
     }
-    names = []
-    for role, array in parts.items():
-        names.append(graph.new_name(f"{add.output[0]}_{role}"))
-        graph.weights[names[-1]] = array
-    if scale in graph.layer_of:
-        graph.layer_of[names[0]] = graph.layer_of[scale]
+    names = [graph.derive(scale, f"{add.output[0]}_{role}", array) for role, array in parts.items()]
     merged = make_node("BatchNormalization", [data, *names], add.output[0], mul.name, epsilon=0.0)
     graph.nodes[graph.index(add)] = merged
     graph.nodes = [node for node in graph.nodes if node is not mul]

@@ -57,9 +57,5 @@ def _permute_rows(graph: Graph, dense: onnx.NodeProto, channels: int) -> None:
     old = dense.input[1]
     weights = graph.weights[old]  # rows in the order (h, w, c)
     places = math.prod(weights.shape[:1]) // channels
-    new = graph.new_name(f"{old}_chw")
     rows = weights.reshape(places, channels, -1).transpose(1, 0, 2)  # (c, h*w, out)
-    graph.weights[new] = rows.reshape(weights.shape)
-    if old in graph.layer_of:
-        graph.layer_of[new] = graph.layer_of[old]
-    dense.input[1] = new
+    dense.input[1] = graph.derive(old, f"{old}_chw", rows.reshape(weights.shape))

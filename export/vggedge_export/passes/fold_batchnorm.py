@@ -36,13 +36,10 @@ def _fold(graph: Graph, conv: onnx.NodeProto, norm: onnx.NodeProto) -> None:
     kernel = graph.weights[kernel_name].astype(np.float64)  # (out, in, kh, kw)
     bias = graph.weights[conv.input[2]].astype(np.float64) if len(conv.input) > 2 else np.zeros(len(factor))
 
-    folded_kernel, folded_bias = (
-        graph.new_name(f"{kernel_name}_folded"),
-        graph.new_name(f"{kernel_name}_bias"),
-    )
-    graph.weights[folded_kernel] = (kernel * factor[:, None, None, None]).astype(np.float32)
-    graph.weights[folded_bias] = ((bias - mean) * factor + shift).astype(np.float32)
-    if kernel_name in graph.layer_of:
-        graph.layer_of[folded_kernel] = graph.layer_of[kernel_name]
-    conv.input[:] = [conv.input[0], folded_kernel, folded_bias]
+    folded = {
+        "folded": (kernel * factor[:, None, None, None]).astype(np.float32),
+        "bias": ((bias - mean) * factor + shift).astype(np.float32),
+    }
+    names = [graph.derive(kernel_name, f"{kernel_name}_{role}", array) for role, array in folded.items()]
+    conv.input[:] = [conv.input[0], *names]
     graph.remove(norm)

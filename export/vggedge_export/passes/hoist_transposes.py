@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     import onnx
 
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Relu", "Sigmoid", "Tanh", "Clip", "Max", "Min"})
+_REDUCTIONS = ("ReduceMean", "ReduceMax")  # global pooling, as tf2onnx writes it
 
 
 def run(graph: Graph) -> int:
     """Hoist and cancel until nothing moves; returns the number of moves."""
-    moves = 0
+    moves = sum(_reduce_other_axes(graph, node) for node in nodes_of(graph, *_REDUCTIONS))
     while _move_one(graph):
         moves += 1
     return moves
@@ -47,6 +48,41 @@ def _cancel(graph: Graph, node: onnx.NodeProto) -> bool:
         graph.read_from(node.output[0], source)
     graph.drop_unused()
     return True
+
+
+def _reduce_other_axes(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Put the opposite Transpose before a reduction that one leads to, and reduce the axes that this moves to.
+
+    Both then meet on the way up and cancel. With keepdims the result would be in the new layout; that is left alone.
+    """
+    turned = _transpose_above(graph, node)
+    if turned is None or attribute(node, "keepdims", 1) or len(node.input) < 2 or node.input[1] not in graph.weights:
+        return False
+    perm = attribute(turned, "perm")
+    axes = {int(axis) % len(perm) for axis in graph.weights[node.input[1]]}
+    kept = [place for axis, place in enumerate(perm) if axis not in axes]
+    if not axes or kept != sorted(kept):
+        return False
+    back = graph.new_name(f"{node.input[0]}_back")
+    opposite = make_node("Transpose", [node.input[0]], back, perm=list(np.argsort(perm)))
+    graph.nodes.insert(graph.index(node), opposite)
+    moved = np.array(sorted(perm[axis] for axis in axes), np.int64)
+    node.input[:] = [back, graph.derive(node.input[1], f"{node.input[1]}_moved", moved)]
+    return True
+
+
+def _transpose_above(graph: Graph, node: onnx.NodeProto) -> onnx.NodeProto | None:
+    """The Transpose that leads to ``node`` through nothing but what one can be hoisted across."""
+    while True:
+        data = [name for name in node.input if name and name not in graph.weights]
+        above = graph.producer(data[0]) if len(data) == 1 else None
+        if above is None or graph.only_consumer(above.output[0]) is None:
+            return None
+        if above.op_type == "Transpose":
+            return above
+        if above.op_type not in _ELEMENTWISE:
+            return None
+        node = above
 
 
 def _hoist(graph: Graph, node: onnx.NodeProto) -> bool:
@@ -76,8 +112,4 @@ def _transposed(graph: Graph, name: str, perm: list[int]) -> str:
         return name
     array = graph.weights[name]
     full = array.reshape((1,) * (len(perm) - array.ndim) + array.shape)
-    twin = graph.new_name(f"{name}_nchw")
-    graph.weights[twin] = np.transpose(full, perm)
-    if name in graph.layer_of:
-        graph.layer_of[twin] = graph.layer_of[name]
-    return twin
+    return graph.derive(name, f"{name}_nchw", np.transpose(full, perm))

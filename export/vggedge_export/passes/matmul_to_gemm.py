@@ -24,10 +24,8 @@ def run(graph: Graph) -> int:
         data, kernel = matmul.input
         if kernel not in graph.weights or graph.weights[kernel].ndim != 2 or len(shapes.get(data, ())) != 2:
             continue
-        turned = graph.new_name(f"{kernel}_t")
-        graph.weights[turned] = graph.weights[kernel].T  # a view; a second layer may read the original
-        if kernel in graph.layer_of:
-            graph.layer_of[turned] = graph.layer_of[kernel]
+        # a view; a second layer may read the original
+        turned = graph.derive(kernel, f"{kernel}_t", graph.weights[kernel].T)
         inputs, last = [data, turned], matmul
         add = graph.only_consumer(matmul.output[0])
         bias = _bias_of(graph, add, graph.weights[turned].shape[0]) if add is not None else None
