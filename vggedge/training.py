@@ -22,14 +22,12 @@ from vggedge.model import build_vgg, import_keras
 from vggedge_runtime.dependencies import version_of
 from vggedge_runtime.errors import DataError, ModelError, UsageError
 from vggedge_runtime.preprocess import Pixels
+from vggedge_runtime.progress import Advance, ignore_progress
 
 if TYPE_CHECKING:
     import keras
 
 HISTORY_SUFFIX = ".history.json"
-
-Advance: TypeAlias = Callable[[int, int, str], None]
-"""Called with (done, total, what) whenever some work is done."""
 
 OnEpoch: TypeAlias = Callable[["EpochFigures"], None]
 """Called with the figures of each epoch as it ends."""
@@ -157,7 +155,7 @@ def train(
         ModelError: the loss became infinite or not a number.
         MissingDependency: TensorFlow or Keras is not installed.
     """
-    report = advance or _ignore
+    report = advance or ignore_progress
     started = time.perf_counter()
     _check_data(spec, data)
     training, validation = data.split(config.validation_share, config.seed)
@@ -203,10 +201,6 @@ def write_history(history: History, model_path: Path) -> Path:
             return written.replace(path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be written ({error}). Check space and permissions.") from error
-
-
-def _ignore(done: int, total: int, what: str) -> None:
-    """Nobody wants to know."""
 
 
 def _check_data(spec: VggSpec, data: ImageSet) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +11,11 @@ from vggedge_export.graph import INPUT, Graph, make_node, value_info
 from vggedge_runtime.backends.ort import open_ort_session
 from vggedge_runtime.errors import ConversionError
 from vggedge_runtime.preprocess import Pixels
-
-Progress = Callable[[int, int, str], None]
-"""``progress(done, total, what)``."""
+from vggedge_runtime.progress import Advance
 
 
 def largest_magnitudes(
-    graph: Graph, tensors: Sequence[str], images: Pixels, *, batch: int, scratch: Path, progress: Progress
+    graph: Graph, tensors: Sequence[str], images: Pixels, *, batch: int, scratch: Path, progress: Advance
 ) -> dict[str, float]:
     """Largest absolute value of every tensor over all images.
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vggedge_export import engine as engines
-from vggedge_export.calibration import Progress, largest_magnitudes
+from vggedge_export.calibration import largest_magnitudes
 from vggedge_export.conversion import check_exportable, check_probabilities, graph_from_keras
 from vggedge_export.engine import EngineConfig
 from vggedge_export.equalization import equalized_graph
@@ -46,6 +46,7 @@ from vggedge_runtime.engine_cache import EngineRecord
 from vggedge_runtime.errors import DataError, ModelError, UsageError
 from vggedge_runtime.graphs import GRAPHS, PRECISIONS, graphs_of
 from vggedge_runtime.preprocess import ImageSpec
+from vggedge_runtime.progress import Advance, ignore_progress
 from vggedge_runtime.statistics import build_proportion
 from vggedge_runtime.tensorrt_api import TensorRtApi, load_tensorrt
 
@@ -105,7 +106,7 @@ def export(
     calibration: LabelledImages,
     evaluation: LabelledImages,
     config: ExportConfig | None = None,
-    progress: Progress = lambda done, total, what: None,
+    progress: Advance = ignore_progress,
 ) -> ExportResult:
     """Convert ``model`` to a bundle at ``path``, with proof.
 
@@ -171,7 +172,7 @@ def _make_graphs(
     model: keras.Model | Callable[[], keras.Model],
     inputs: _Inputs,
     config: ExportConfig,
-    progress: Progress,
+    progress: Advance,
 ) -> tuple[Manifest, dict[str, int]]:
     """Make, write and prove all graphs: (the manifest without its files, op counts before the passes).
 
@@ -209,7 +210,7 @@ class _GraphMaker:
     graph: Graph
     calibration: LabelledImages
     evaluation: LabelledImages
-    progress: Progress
+    progress: Advance
 
     def __post_init__(self) -> None:
         self.answers: dict[str, Scores] = {}
@@ -282,7 +283,7 @@ class _GraphMaker:
         )
 
 
-def _convert(model: keras.Model | Callable[[], keras.Model], inputs: _Inputs, progress: Progress) -> _Converted:
+def _convert(model: keras.Model | Callable[[], keras.Model], inputs: _Inputs, progress: Advance) -> _Converted:
     """Ask Keras for the reference answers, take its weights into a graph, clean that, and let go of Keras."""
     loaded: keras.Model = model if hasattr(model, "layers") else model()
     _check_inputs(loaded, inputs)
@@ -300,7 +301,7 @@ def _convert(model: keras.Model | Callable[[], keras.Model], inputs: _Inputs, pr
 
 
 def _build_engines(
-    folder: Path, api: TensorRtApi | None, config: ExportConfig, progress: Progress
+    folder: Path, api: TensorRtApi | None, config: ExportConfig, progress: Advance
 ) -> tuple[EngineRecord, ...]:
     if api is None:
         return ()

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vggedge_export.calibration import Progress
 from vggedge_export.graph import INPUT
 from vggedge_runtime.backends.ort import open_ort_session
 from vggedge_runtime.bundle import Comparison
 from vggedge_runtime.errors import ConversionError, DataError
 from vggedge_runtime.preprocess import Normalization, Pixels
+from vggedge_runtime.progress import Advance
 from vggedge_runtime.statistics import build_proportion
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class LabelledImages:
             )
 
 
-def keras_scores(model: keras.Model, normalization: Normalization | None, images: Pixels, progress: Progress) -> Scores:
+def keras_scores(model: keras.Model, normalization: Normalization | None, images: Pixels, progress: Advance) -> Scores:
     """What the Keras model answers, batch by batch, at inference; to normalised pixels if it needs them so."""
 
     def run(batch: Pixels) -> Any:
@@ -64,7 +64,7 @@ def keras_scores(model: keras.Model, normalization: Normalization | None, images
     return _in_batches(run, images, "asking Keras", progress)
 
 
-def graph_scores(graph: Path, images: Pixels, what: str, progress: Progress) -> Scores:
+def graph_scores(graph: Path, images: Pixels, what: str, progress: Advance) -> Scores:
     """What an ONNX graph answers in ONNX Runtime on the CPU."""
     session = open_ort_session(graph)
     return _in_batches(lambda batch: session.run(None, {INPUT: batch})[0], images, f"proving {what}", progress)
@@ -122,7 +122,7 @@ def batch_for(images: Pixels) -> int:
     return max(1, min(128, (1 << 17) // pixels))
 
 
-def _in_batches(run: Callable[[Pixels], Any], images: Pixels, what: str, progress: Progress) -> Scores:
+def _in_batches(run: Callable[[Pixels], Any], images: Pixels, what: str, progress: Advance) -> Scores:
     size, parts = batch_for(images), []
     for start in range(0, len(images), size):
         parts.append(np.asarray(run(images[start : start + size]), dtype=np.float32))

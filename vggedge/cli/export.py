@@ -19,6 +19,7 @@ from vggedge_export.verification import LabelledImages
 from vggedge_runtime.bundle import check_replaceable
 from vggedge_runtime.errors import UsageError
 from vggedge_runtime.preprocess import ImageSpec, Normalization, Pixels
+from vggedge_runtime.progress import Advance
 from vggedge_runtime.tensorrt_api import load_tensorrt
 
 NAME = "export"
@@ -114,7 +115,7 @@ def _spec_of(network: Any, pixels: str | None) -> ImageSpec:
     return ImageSpec(height=shape[1], width=shape[2], normalization=normalization)
 
 
-def _load(images: ImageSet, what: str, advance: output.Advance) -> LabelledImages:
+def _load(images: ImageSet, what: str, advance: Advance) -> LabelledImages:
     pixels: Pixels | None = None
     for index in range(len(images)):
         image = images.read_one(index)

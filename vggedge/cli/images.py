@@ -14,6 +14,7 @@ from vggedge.cli import output
 from vggedge.data import ImageSet, open_images
 from vggedge_runtime.errors import UsageError
 from vggedge_runtime.preprocess import ImageSpec
+from vggedge_runtime.progress import Advance
 
 NAME = "images"
 
@@ -38,7 +39,7 @@ def command(
         output.print_line(f"{len(names)} images of {len(images.labels)} classes in {folder}")
 
 
-def _write(images: ImageSet, folder: Path, advance: output.Advance) -> list[str]:
+def _write(images: ImageSet, folder: Path, advance: Advance) -> list[str]:
     """Names of the files in ``folder``; it is complete or not there, because it is written beside and renamed."""
     names = [f"{images.labels[target]}/{index:06d}.png" for index, target in enumerate(images.targets)]
     try:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -17,16 +17,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vggedge_runtime.progress import Advance
+
 _PIPE_WIDTH = 10_000  # columns; print(width=...) would be cut to the 80 that rich assumes for a pipe
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, nothing else.")]
-
-
-class Advance(Protocol):
-    """Reports progress: ``advance(done, total, what)``."""
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        """``done`` of ``total`` units of ``what`` are finished."""
 
 
 def print_json(result: Any) -> None:
