@@ -9,6 +9,7 @@ import functools
 import os
 import sys
 import tempfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -208,11 +209,14 @@ def read_model(path: Path) -> tuple[keras.Model, ModelCard | None]:
     keras = import_keras()
     lrn_layer()
     try:
-        model = keras.models.load_model(path, compile=False, safe_mode=True)
+        with warnings.catch_warnings():
+            # Keras only warns where weights are missing in the file, and leaves fresh random ones in their place.
+            warnings.filterwarnings("error", message=".*(freshly-initialized|Skipping)", category=UserWarning)
+            model = keras.models.load_model(path, compile=False, safe_mode=True)
     # Keras, h5py and zipfile raise all of these on damaged files and on unknown layers.
     except (
         OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError,
-        zipfile.BadZipFile, zlib.error,
+        zipfile.BadZipFile, zlib.error, UserWarning,
     ) as error:  # fmt: skip
         raise ModelError(
             f"{path}: Keras cannot read it ({_first_line(error)}). It is damaged, made by a newer Keras, or "

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -211,6 +213,22 @@ def test_missing_foreign_and_damaged_files(written: Path, tmp_path: Path) -> Non
             read_model(written)
     at = len(whole) // 2
     written.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+    with pytest.raises(ModelError, match="Keras cannot read it"):
+        read_model(written)
+
+
+def test_a_file_that_lacks_weights_is_refused(written: Path) -> None:
+    """Keras warns for some of these and goes on with fresh random weights."""
+    h5py = pytest.importorskip("h5py")
+    with zipfile.ZipFile(written) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    stored = io.BytesIO(members["model.weights.h5"])
+    with h5py.File(stored, "r+") as weights:
+        del weights["layers"]
+    members["model.weights.h5"] = stored.getvalue()
+    with zipfile.ZipFile(written, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
     with pytest.raises(ModelError, match="Keras cannot read it"):
         read_model(written)
 
