@@ -61,6 +61,6 @@ class SessionError(VggedgeError):
 
 
 class GateError(VggedgeError):
-    """A limit that the user set (accuracy, latency) was measured and not met."""
+    """A limit that the user set (accuracy, latency) was measured and not met; no command sets one yet."""
 
     exit_code = 3

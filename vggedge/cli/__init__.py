@@ -1,7 +1,8 @@
 """The command line: one file a command; each parses, calls and prints, and holds no logic of its own.
 
 Tables go to stdout, progress and diagnostics to stderr, so that ``--json`` can be piped. Exit codes:
-0 done, 1 failed, 2 wrong usage, 3 a gate (accuracy, latency) was not met, 130 stopped by Ctrl-C.
+0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C; 3 is kept for gates (accuracy, latency), which no command
+has yet.
 """
 
 from __future__ import annotations

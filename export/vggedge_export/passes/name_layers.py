@@ -27,6 +27,7 @@ _HEAD_ROLES = {
     "Add": "offset",
     "Sub": "offset",
 }
+_ROLES_OF_FOLLOWERS = frozenset({"Relu", "Softmax", "Sigmoid", "Tanh", "Clip", "Identity", "Add", "Mul", "Sub", "Div"})
 
 
 def run(graph: Graph) -> int:
@@ -44,9 +45,6 @@ def run(graph: Graph) -> int:
         changes += node.name != wanted
         _rename(graph, node, wanted)
     return changes
-
-
-_ROLES_OF_FOLLOWERS = frozenset({"Relu", "Softmax", "Sigmoid", "Tanh", "Clip", "Identity", "Add", "Mul", "Sub", "Div"})
 
 
 def _free_name(wanted: str, taken: set[str]) -> str:
