@@ -23,7 +23,7 @@ class LayerFigures(msgspec.Struct, frozen=True, kw_only=True):
         macs: multiply-accumulates of the matrix products; half the FLOPs. Only convolutions and dense
             layers have any here, which is how the literature counts.
         receptive_field: side of the square of input pixels that one output value depends on, before it
-            is cut off at the image's edge; None from the first dense layer on, which sees everything.
+            is cut off at the image's edge; None from the head's first layer on, which sees everything.
         activation_bytes: size of the output.
     """
 
@@ -79,7 +79,7 @@ def analyse(spec: VggSpec, *, bytes_per_value: int = 4) -> Analysis:
             jump *= layer.kernel
         elif layer.kind == "conv":
             last_field = field
-        is_dense = is_dense or layer.kind == "dense"
+        is_dense = is_dense or layer.kind in ("dense", "average_pool")
         size = math.prod(shape) * bytes_per_value
         working = size if layer.kind in _IN_PLACE else size + math.prod(before) * bytes_per_value
         peak = max(peak, working)
@@ -112,6 +112,8 @@ def _output_shape(layer: LayerSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (shape[0] // layer.kernel, shape[1] // layer.kernel, shape[2])
     if layer.kind == "flatten":
         return (math.prod(shape),)
+    if layer.kind == "average_pool":
+        return shape[-1:]
     return (layer.units,) if layer.kind == "dense" else shape
 
 

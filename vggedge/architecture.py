@@ -16,16 +16,37 @@ from typing import Any, Literal, TypeAlias, get_args
 import msgspec
 
 from vggedge_runtime.errors import UsageError
+from vggedge_runtime.preprocess import Normalization
 
 SpecNormalization: TypeAlias = Literal["none", "first", "first-of-two-stages", "two-stages", "every", "lrn"]
 NORMALIZATIONS: tuple[str, ...] = get_args(SpecNormalization)
 
-LayerKind: TypeAlias = Literal["rescaling", "conv", "batch_norm", "relu", "lrn", "pool", "flatten", "dense", "dropout"]
+Head: TypeAlias = Literal["dense", "gap"]
+HEADS: tuple[str, ...] = get_args(Head)
+
+SpecPixels: TypeAlias = Literal["symmetric", "caffe", "imagenet"]
+PIXELS: Mapping[SpecPixels, Normalization] = MappingProxyType(
+    {
+        "symmetric": Normalization(mean=(128.0, 128.0, 128.0), std=(128.0, 128.0, 128.0)),
+        # Means of the authors' Caffe models, as keras.applications subtracts them, here in RGB order.
+        "caffe": Normalization(mean=(123.68, 116.779, 103.939), std=(1.0, 1.0, 1.0)),
+        # torchvision's means and deviations of ImageNet, times 255.
+        "imagenet": Normalization(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)),
+    }
+)
+"""What the first layer makes of RGB pixels from 0 to 255."""
+
+LayerKind: TypeAlias = Literal[
+    "rescaling", "conv", "batch_norm", "relu", "lrn", "pool", "flatten", "average_pool", "dense", "dropout"
+]
 Activation: TypeAlias = Literal["linear", "relu", "softmax"]
 
 STAGES = 5
 SMALLEST_INPUT = 2**STAGES
 """Every stage ends in a 2x2 pooling; a smaller image has no pixel left after the last."""
+
+_WIDEST = 64
+"""Largest width multiplier: takes the compact widths beyond the paper's, and a slip of the keyboard no further."""
 
 
 class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,7 +76,7 @@ class VggSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         name: the variant it comes from.
         stages: for each of the five stages, the kernel size of every convolution, pixels.
         widths: channels of the convolutions of each stage.
-        dense: units of the dense layers before the classifier.
+        dense: units of the dense layers before the classifier; with ``head="gap"`` there may be none.
         input: (height, width, 3), pixels.
         classes: outputs of the classifier.
         normalization: ``first``: BatchNorm after the relu of the first convolution.
@@ -64,6 +85,10 @@ class VggSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             convolution, which keeps its bias, and its relu. ``lrn``: local response normalisation
             after the first convolution's relu, the paper's A-LRN. ``none``: the rest of the paper.
         dropout: share of the dense layers' outputs that training sets to zero; 0 leaves it out.
+        head: ``dense``: the last stage's pixels, flattened, go into the dense layers (the paper).
+            ``gap``: their mean does (global average pooling, Lin et al. 2013, arXiv 1312.4400).
+        pixels: what the first layer makes of RGB pixels, a key of PIXELS: ``symmetric`` for networks trained
+            here, ``caffe`` and ``imagenet`` for weights from keras.applications and torchvision.
     """
 
     name: str
@@ -74,6 +99,8 @@ class VggSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     classes: int
     normalization: SpecNormalization
     dropout: float = 0.5
+    head: Head = "dense"
+    pixels: SpecPixels = "symmetric"
 
     def __post_init__(self) -> None:
         for is_wrong, found, needed in self._checks():
@@ -117,6 +144,8 @@ class VggSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 f"known are {', '.join(NORMALIZATIONS)}",
             ),
             (not 0 <= self.dropout < 1, f"dropout {self.dropout}", "it is a share: at least 0 and below 1"),
+            (self.head not in HEADS, f"head {self.head!r}", f"known are {', '.join(HEADS)}"),
+            (self.pixels not in PIXELS, f"pixels {self.pixels!r}", f"known are {', '.join(PIXELS)}"),
         )
 
     @property
@@ -131,7 +160,12 @@ class VggSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             for number in range(1, len(self.stages[stage - 1]) + 1):
                 found += self._convolution(stage, number)
             found.append(LayerSpec(name=f"block{stage}_pool", kind="pool", stage=stage, kernel=2))
-        found.append(LayerSpec(name="flatten", kind="flatten"))
+        if self.head == "gap":
+            found.append(LayerSpec(name="avg_pool", kind="average_pool"))
+            if self.dropout and not self.dense:
+                found.append(LayerSpec(name="avg_pool_dropout", kind="dropout"))
+        else:
+            found.append(LayerSpec(name="flatten", kind="flatten"))
         for number, units in enumerate(self.dense, start=1):
             found.append(LayerSpec(name=f"fc{number}", kind="dense", units=units, activation="relu"))
             if self.dropout:
@@ -227,8 +261,20 @@ def get_spec(
     input: tuple[int, int, int] | None = None,
     normalization: str | None = None,
     dropout: float | None = None,
+    width: float = 1.0,
+    head: str | None = None,
 ) -> VggSpec:
     """Look a variant up and replace what is not None.
+
+    Args:
+        name: a key of SPECS.
+        classes: outputs of the classifier.
+        input: (height, width, 3), pixels.
+        normalization: one of NORMALIZATIONS.
+        dropout: share from 0 to 1.
+        width: multiplies the channels of every convolution and the units of every hidden dense layer; rounded, at
+            least 1.
+        head: ``gap`` takes the dense layers out, as networks with global average pooling do; ``dense`` keeps them.
 
     Raises:
         UsageError: no such variant (the message names the closest and lists all), or a value that no
@@ -243,8 +289,19 @@ def get_spec(
         "input": input,
         "normalization": normalization,
         "dropout": dropout,
+        "head": head,
     }
-    return msgspec.structs.replace(SPECS[name], **{key: value for key, value in given.items() if value is not None})
+    spec = _scale_width(SPECS[name], width)
+    if head == "gap":
+        spec = msgspec.structs.replace(spec, head="gap", dense=())
+    return msgspec.structs.replace(spec, **{key: value for key, value in given.items() if value is not None})
+
+
+def _scale_width(spec: VggSpec, factor: float) -> VggSpec:
+    if not 0 < factor <= _WIDEST:
+        raise UsageError(f"{spec.name}: width {factor:g}; it is a factor above 0 and at most {_WIDEST}, such as 0.5.")
+    widths, dense = (tuple(max(1, round(each * factor)) for each in units) for units in (spec.widths, spec.dense))
+    return msgspec.structs.replace(spec, widths=widths, dense=dense)
 
 
 def parse_input(text: str) -> tuple[int, int, int]:

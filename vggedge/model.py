@@ -15,17 +15,19 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
 
-from vggedge.architecture import LayerSpec, VggSpec
+from vggedge.architecture import PIXELS, LayerSpec, VggSpec
 from vggedge_runtime.dependencies import require
 from vggedge_runtime.errors import ModelError, UsageError
 from vggedge_runtime.preprocess import ImageSpec
 
 if TYPE_CHECKING:
     import keras
+
+Initialization: TypeAlias = Literal["he", "glorot", "paper"]
 
 SUFFIX = ".keras"
 LABELS_SUFFIX = ".labels.txt"
@@ -80,17 +82,19 @@ def import_keras() -> Any:
     return found
 
 
-def build_vgg(spec: VggSpec, seed: int | None = None) -> keras.Model:
+def build_vgg(spec: VggSpec, seed: int | None = None, initialization: Initialization = "he") -> keras.Model:
     """Build the network of ``spec`` with fresh weights.
 
     It takes RGB pixels from 0 to 255, (n, height, width, 3), and gives probabilities, (n, classes).
-    Layers before a relu start He-normal (He et al. 2015, arXiv 1502.01852): with the paper's
-    initialisation the deep variants stay at chance. ``Rescaling(1/128, offset=-1)`` maps the 256 pixel
+    The ``symmetric`` first layer, ``Rescaling(1/128, offset=-1)``, maps the 256 pixel
     values onto the steps of an int8 exactly, so quantising the first activation loses nothing.
 
     Args:
         spec: the network.
         seed: of the weights and of the dropout; None draws another network each time.
+        initialization: of the kernels; biases are 0. ``he``: He-normal before a relu (He et al. 2015, arXiv
+            1502.01852). ``glorot``: Glorot-uniform, Keras's default (Glorot & Bengio 2010). ``paper``: normal
+            with variance 0.01, as the VGG paper's section 3.1 has it.
 
     Raises:
         MissingDependency: TensorFlow or Keras is not installed.
@@ -101,23 +105,23 @@ def build_vgg(spec: VggSpec, seed: int | None = None) -> keras.Model:
     for number, layer in enumerate(spec.layers()):
         # One seed for all would give equally shaped layers equal weights.
         own_seed = None if seed is None else seed + number
-        outputs = _build_layer(keras, spec, layer, own_seed)(outputs)
+        outputs = _build_layer(keras, spec, layer, initialization, own_seed)(outputs)
     return keras.Model(inputs, outputs, name=spec.name.replace("-", "_"))
 
 
-def _build_layer(keras: Any, spec: VggSpec, layer: LayerSpec, seed: int | None) -> Any:
+def _build_layer(keras: Any, spec: VggSpec, layer: LayerSpec, initialization: Initialization, seed: int | None) -> Any:
     layers, name = keras.layers, layer.name
     if layer.kind in ("conv", "dense"):
-        initializers = keras.initializers
-        draw = initializers.GlorotUniform if layer.activation == "softmax" else initializers.HeNormal
-        options = {"activation": layer.activation, "kernel_initializer": draw(seed=seed), "name": name}
+        draw = _build_initializer(keras, layer, initialization, seed)
+        options = {"activation": layer.activation, "kernel_initializer": draw, "name": name}
         if layer.kind == "dense":
             return layers.Dense(layer.units, **options)
         return layers.Conv2D(layer.units, layer.kernel, padding="same", **options)
     if layer.kind == "lrn":
         return lrn_layer()(name=name)
     simple = {
-        "rescaling": lambda: layers.Rescaling(1 / 128, offset=-1, name=name),
+        "rescaling": lambda: _build_rescaling(keras, spec, name),
+        "average_pool": lambda: layers.GlobalAveragePooling2D(name=name),
         "batch_norm": lambda: layers.BatchNormalization(name=name),
         "relu": lambda: layers.Activation("relu", name=name),
         "pool": lambda: layers.MaxPooling2D(layer.kernel, name=name),
@@ -125,6 +129,25 @@ def _build_layer(keras: Any, spec: VggSpec, layer: LayerSpec, seed: int | None) 
         "dropout": lambda: layers.Dropout(spec.dropout, seed=seed, name=name),
     }
     return simple[layer.kind]()
+
+
+def _build_initializer(keras: Any, layer: LayerSpec, initialization: Initialization, seed: int | None) -> Any:
+    initializers = keras.initializers
+    if initialization == "paper":
+        return initializers.RandomNormal(stddev=0.1, seed=seed)
+    if initialization == "glorot" or layer.activation == "softmax":
+        return initializers.GlorotUniform(seed=seed)
+    return initializers.HeNormal(seed=seed)
+
+
+def _build_rescaling(keras: Any, spec: VggSpec, name: str) -> Any:
+    """``(pixel - mean) / std``, written as Keras wants it; with one number where the channels agree."""
+    mean, std = PIXELS[spec.pixels].mean, PIXELS[spec.pixels].std
+    scale = [1 / each for each in std]
+    offset = [-center / each for center, each in zip(mean, std, strict=True)]
+    if len(set(scale)) == len(set(offset)) == 1:
+        return keras.layers.Rescaling(scale[0], offset=offset[0], name=name)
+    return keras.layers.Rescaling(scale, offset=offset, name=name)
 
 
 @functools.cache

@@ -31,7 +31,9 @@ _SIDECAR_SUFFIXES = frozenset(
 )
 """What lies beside images and is not meant as one: notes, labels, annotations, Windows' Thumbs.db."""
 
-_KERNELS = {
+Kernel: TypeAlias = Literal["nearest", "bilinear", "bicubic"]
+
+_KERNELS: dict[Kernel, Image.Resampling] = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -81,7 +83,7 @@ class ImageSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     height: int
     width: int
     resize: Literal["stretch", "crop"] = "stretch"
-    kernel: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    kernel: Kernel = "bilinear"
     normalization: Normalization | None = None
 
     def __post_init__(self) -> None:
@@ -104,10 +106,24 @@ def read_image(source: str | PathLike[str] | bytes, spec: ImageSpec) -> Pixels:
     Raises:
         DataError: the file is missing, empty, truncated, too large or no image; the message names it.
     """
+    return fit_image(_decode(source), spec)
+
+
+def read_scaled_image(source: str | PathLike[str] | bytes, side: int, kernel: Kernel = "bilinear") -> Pixels:
+    """Decode one image file (or its bytes) as read_image does, whole: its shorter side becomes ``side`` pixels.
+
+    Raises:
+        DataError: as read_image.
+    """
+    return scale_image(_decode(source), side, kernel)
+
+
+def _decode(source: str | PathLike[str] | bytes) -> Image.Image:
+    """The file's first frame, upright RGB at its own size."""
     name = f"<{len(source)} bytes>" if isinstance(source, bytes) else str(source)
     try:
         with _open_image(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as image:
-            return fit_image(_upright_rgb(image), spec)
+            return _upright_rgb(image)
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such file.") from error
     except UnidentifiedImageError as error:
@@ -122,6 +138,18 @@ def fit_image(image: Image.Image, spec: ImageSpec) -> Pixels:
     if image.size != size:
         kernel = _KERNELS[spec.kernel]
         image = ImageOps.fit(image, size, kernel) if spec.resize == "crop" else image.resize(size, kernel)
+    return np.array(image, dtype=np.uint8)
+
+
+def scale_image(image: Image.Image, side: int, kernel: Kernel = "bilinear") -> Pixels:
+    """Resize an upright RGB image, whole and with its aspect ratio, until its shorter side has ``side`` pixels.
+
+    The other side is rounded. Returns (height, width, 3) uint8.
+    """
+    scale = side / min(image.size)
+    size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
+    if image.size != size:
+        image = image.resize(size, _KERNELS[kernel])
     return np.array(image, dtype=np.uint8)
 
 

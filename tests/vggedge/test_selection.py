@@ -11,7 +11,13 @@ def numbered(*counts: int) -> ImageSet:
     """An image of one pixel each, whose value is its number; ``counts`` of each class."""
     targets = np.repeat(np.arange(len(counts)), counts)
     labels = tuple("abcdefgh"[: len(counts)])
-    return ImageSet("numbers", labels, targets, lambda i: np.full((1, 1, 3), i, np.uint8))
+    return ImageSet(
+        "numbers",
+        labels,
+        targets,
+        lambda i: np.full((1, 1, 3), i, np.uint8),
+        lambda i, side: np.full((side, side, 3), i, np.uint8),
+    )
 
 
 def numbers(images: ImageSet) -> list[int]:

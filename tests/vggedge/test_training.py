@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from PIL import Image
 
 from vggedge.architecture import get_spec
 from vggedge.data.base import ImageSet
 from vggedge.training import EpochFigures, History, TrainConfig, TrainResult, train, write_history
 from vggedge_runtime.errors import DataError, ModelError, UsageError
+from vggedge_runtime.preprocess import scale_image
 
 pytest.importorskip("keras")
 
@@ -30,7 +33,14 @@ def warm_and_cold(count: int = 64, *, is_noise: bool = False) -> ImageSet:
             image[..., 0 if targets[index] == 0 else 2] += 120
         return image
 
-    return ImageSet(name="warm-and-cold", labels=("warm", "cold"), targets=targets, read_one=read_one)
+    return image_set("warm-and-cold", targets, read_one)
+
+
+def image_set(name: str, targets: Any, read_one: Callable[[int], Any]) -> ImageSet:
+    def read_scaled(index: int, side: int) -> Any:
+        return scale_image(Image.fromarray(read_one(index)), side)
+
+    return ImageSet(name, ("warm", "cold"), targets, read_one, read_scaled)
 
 
 class Recorder:
@@ -103,7 +113,7 @@ def test_every_epoch_reads_every_image_once_in_another_order() -> None:
         reads.append(index)
         return data.read_one(index)
 
-    watched = ImageSet(name="watched", labels=data.labels, targets=data.targets, read_one=read_one)
+    watched = image_set("watched", data.targets, read_one)
     config = msgspec.structs.replace(CONFIG, epochs=2, memory_bytes=0)
     train(SPEC, watched, config, on_epoch=lambda _: reads.append(-1))
     training = {int(i) for i in range(32)} - set(held_indices(data, config))
@@ -115,12 +125,7 @@ def test_every_epoch_reads_every_image_once_in_another_order() -> None:
 
 
 def held_indices(data: ImageSet, config: TrainConfig) -> list[int]:
-    numbered = ImageSet(
-        name="numbers",
-        labels=data.labels,
-        targets=data.targets,
-        read_one=lambda i: np.full((1, 1, 3), i, dtype=np.uint8),
-    )
+    numbered = image_set("numbers", data.targets, lambda i: np.full((1, 1, 3), i, dtype=np.uint8))
     return [int(i) for i in numbered.split(config.validation_share, config.seed)[1].read()[:, 0, 0, 0]]
 
 
@@ -175,7 +180,7 @@ def test_an_image_that_cannot_be_read_is_named(memory_bytes: int) -> None:
             raise DataError("ten.png: the image cannot be decoded")
         return data.read_one(index)
 
-    broken = ImageSet(name="broken", labels=data.labels, targets=data.targets, read_one=read_one)
+    broken = image_set("broken", data.targets, read_one)
     config = msgspec.structs.replace(CONFIG, memory_bytes=memory_bytes, batch_size=2)
     with pytest.raises(DataError, match=r"^ten\.png: the image cannot be decoded$"):
         train(SPEC, broken, config)
@@ -183,12 +188,8 @@ def test_an_image_that_cannot_be_read_is_named(memory_bytes: int) -> None:
 
 def test_a_class_of_one_image_is_refused_before_all_are_read() -> None:
     read: list[int] = []
-    lonely = ImageSet(
-        "lonely",
-        ("warm", "cold"),
-        np.array([0] * 50 + [1]),
-        lambda i: read.append(i) or np.zeros((32, 32, 3), np.uint8),
-    )
+    targets = np.array([0] * 50 + [1])
+    lonely = image_set("lonely", targets, lambda i: read.append(i) or np.zeros((32, 32, 3), np.uint8))
 
     with pytest.raises(DataError, match="'cold' has 1 image"):
         train(SPEC, lonely, CONFIG)

@@ -21,7 +21,9 @@ class ImageSet:
         name: what the user typed, for messages and manifests.
         labels: class names; a target is an index into them.
         targets: class of every image, int64 (n,).
-        read_one: from 0..n-1 to one (height, width, 3) uint8 image.
+        read_one: from 0..n-1 to one (height, width, 3) uint8 image: what the network is shown.
+        read_scaled: from an index and a length in pixels to the same image, whole and with its own aspect ratio,
+            whose shorter side has that length: uint8 again. Scale jitter, crops and dense evaluation start there.
         skipped: files that lay among the images and are of no format that is read.
     """
 
@@ -29,6 +31,7 @@ class ImageSet:
     labels: tuple[str, ...]
     targets: NDArray[np.int64]
     read_one: Callable[[int], Pixels]
+    read_scaled: Callable[[int, int], Pixels]
     skipped: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
@@ -42,7 +45,12 @@ class ImageSet:
     def subset(self, indices: NDArray[np.int64]) -> ImageSet:
         """The same source restricted to ``indices``, in that order."""
         kept = np.asarray(indices, dtype=np.int64)
-        return replace(self, targets=self.targets[kept], read_one=lambda i: self.read_one(int(kept[i])))
+        return replace(
+            self,
+            targets=self.targets[kept],
+            read_one=lambda i: self.read_one(int(kept[i])),
+            read_scaled=lambda i, side: self.read_scaled(int(kept[i]), side),
+        )
 
     def take(self, count: int, seed: int) -> ImageSet:
         """At most ``count`` images, chosen by ``seed``: of every class the share it has here, as near as it goes.

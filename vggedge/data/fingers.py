@@ -82,9 +82,13 @@ def open_fingers(count: int, seed: int, spec: ImageSpec, *, hard: bool = False) 
     def read_one(index: int) -> Pixels:
         return fit_image(draw_hand(seed, index, hard=hard), spec)
 
+    def read_scaled(index: int, side: int) -> Pixels:
+        # Drawn at that size instead of resized, as a camera nearer to the hand would see it.
+        return np.asarray(draw_hand(seed, index, hard=hard, size=side), dtype=np.uint8)
+
     name = f"{'fingers-hard' if hard else 'fingers'}:{count}@{seed}"
     targets = np.arange(count, dtype=np.int64) % len(LABELS)
-    return ImageSet(name=name, labels=LABELS, targets=targets, read_one=read_one)
+    return ImageSet(name=name, labels=LABELS, targets=targets, read_one=read_one, read_scaled=read_scaled)
 
 
 def draw_hand(seed: int, index: int, *, hard: bool = False, size: int = 64) -> Image.Image:

@@ -8,7 +8,15 @@ import numpy as np
 
 from vggedge.data.base import ImageSet
 from vggedge_runtime.errors import DataError
-from vggedge_runtime.preprocess import IMAGE_SUFFIXES, ImageSpec, Pixels, find_images, find_other_files, read_image
+from vggedge_runtime.preprocess import (
+    IMAGE_SUFFIXES,
+    ImageSpec,
+    Pixels,
+    find_images,
+    find_other_files,
+    read_image,
+    read_scaled_image,
+)
 
 _WANTED = "Needed is one sub-folder a class, such as cats/1.jpg and dogs/1.jpg."
 
@@ -42,6 +50,7 @@ def open_folder(folder: Path, spec: ImageSpec, *, name: str | None = None) -> Im
         labels=tuple(files),
         targets=np.repeat(np.arange(len(counts), dtype=np.int64), counts),
         read_one=read_one,
+        read_scaled=lambda index, side: read_scaled_image(paths[index], side, spec.kernel),
         skipped=tuple(path for each in classes for path in find_other_files(each)),
     )
 
