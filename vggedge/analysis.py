@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import msgspec
 
@@ -36,6 +38,51 @@ class LayerFigures(msgspec.Struct, frozen=True, kw_only=True):
     activation_bytes: int
 
 
+class Share(msgspec.Struct, frozen=True, kw_only=True):
+    """What the layers of one kind hold and cost of a spec.
+
+    Attributes:
+        what: ``convolutions``, ``dense layers`` or ``normalization``.
+        layers: how many.
+        parameters: stored numbers.
+        parameter_share: of the spec's parameters, 0 to 1.
+        macs: multiply-accumulates.
+        mac_share: of the spec's multiply-accumulates, 0 to 1.
+    """
+
+    what: str
+    layers: int
+    parameters: int
+    parameter_share: float
+    macs: int
+    mac_share: float
+
+
+class Stack(msgspec.Struct, frozen=True, kw_only=True):
+    """A stack of 3x3 convolutions beside the one convolution that sees as much (paper, section 2.3).
+
+    Both go from ``channels`` to ``channels``, as every stack of a VGG does but for its very first layer; biases are
+    left out. At equal sizes of the maps the multiply-accumulates relate as the weights do.
+
+    Attributes:
+        stage: 1 to 5.
+        convolutions: 3x3, one behind the other.
+        window: side of the square of the stage's pixels that one value behind them sees; also the kernel of the one.
+        channels: in and out.
+        weights: of the stack.
+        single_weights: of the one convolution.
+        saved: share of ``single_weights`` that the stack does without, 0 to 1.
+    """
+
+    stage: int
+    convolutions: int
+    window: int
+    channels: int
+    weights: int
+    single_weights: int
+    saved: float
+
+
 class Analysis(msgspec.Struct, frozen=True, kw_only=True):
     """A spec in numbers, for one image.
 
@@ -49,6 +96,8 @@ class Analysis(msgspec.Struct, frozen=True, kw_only=True):
         peak_activation_bytes: largest sum of one layer's input and output, where layers that map each
             value on its own work in place. The least that running layer by layer needs; an engine
             that fuses or tiles layers can do with less, training keeps everything and needs far more.
+        shares: what convolutions, dense layers and normalization hold and cost.
+        stacks: every stage's stack of 3x3 convolutions, where it has at least two in a row.
     """
 
     spec: VggSpec
@@ -58,6 +107,8 @@ class Analysis(msgspec.Struct, frozen=True, kw_only=True):
     macs: int
     receptive_field: int
     peak_activation_bytes: int
+    shares: tuple[Share, ...]
+    stacks: tuple[Stack, ...]
 
 
 def analyse(spec: VggSpec, *, bytes_per_value: int = 4) -> Analysis:
@@ -102,7 +153,51 @@ def analyse(spec: VggSpec, *, bytes_per_value: int = 4) -> Analysis:
         macs=sum(row.macs for row in rows),
         receptive_field=last_field,
         peak_activation_bytes=peak,
+        shares=_shares(rows),
+        stacks=tuple(_stacks(spec)),
     )
+
+
+def _shares(rows: list[LayerFigures]) -> tuple[Share, ...]:
+    kinds: dict[str, tuple[LayerKind, ...]] = {
+        "convolutions": ("conv",),
+        "dense layers": ("dense",),
+        "normalization": ("batch_norm", "lrn"),
+    }
+    all_parameters, all_macs = sum(row.parameters for row in rows), sum(row.macs for row in rows)
+    found = []
+    for what, of_kind in kinds.items():
+        members = [row for row in rows if row.kind in of_kind]
+        parameters, macs = sum(row.parameters for row in members), sum(row.macs for row in members)
+        share = Share(
+            what=what,
+            layers=len(members),
+            parameters=parameters,
+            parameter_share=parameters / all_parameters,
+            macs=macs,
+            mac_share=macs / all_macs,
+        )
+        found.append(share)
+    return tuple(found)
+
+
+def _stacks(spec: VggSpec) -> Iterator[Stack]:
+    for stage, (kernels, channels) in enumerate(zip(spec.stages, spec.widths, strict=True), start=1):
+        runs = [len(list(run)) for kernel, run in itertools.groupby(kernels) if kernel == 3]
+        count = max(runs, default=0)
+        if count < 2:
+            continue
+        window = 1 + count * (3 - 1)  # each convolution adds a pixel on either side
+        weights, single = count * 3**2 * channels**2, window**2 * channels**2
+        yield Stack(
+            stage=stage,
+            convolutions=count,
+            window=window,
+            channels=channels,
+            weights=weights,
+            single_weights=single,
+            saved=1 - weights / single,
+        )
 
 
 def _output_shape(layer: LayerSpec, shape: tuple[int, ...]) -> tuple[int, ...]:

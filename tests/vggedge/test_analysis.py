@@ -86,3 +86,43 @@ def test_totals_are_the_sums_of_the_rows(name: str) -> None:
     assert found.weight_layers == SPECS[name].weight_layers
     assert all(layer.activation_bytes == 4 * math.prod(layer.output) for layer in found.layers)
     assert found.peak_activation_bytes >= max(layer.activation_bytes for layer in found.layers)
+
+
+def test_a_stack_saves_what_the_paper_says() -> None:
+    stacks = {stack.stage: stack for stack in analyse(get_spec("vgg19")).stacks}
+    assert (stacks[1].convolutions, stacks[1].window) == (2, 5)
+    assert (stacks[3].convolutions, stacks[3].window) == (4, 9)
+    three = analyse(get_spec("vgg16")).stacks[2]
+    # 3 * 9 * C^2 against 49 * C^2: the single layer needs 81 % more (section 2.3).
+    assert (three.window, three.weights, three.single_weights) == (7, 27 * 256**2, 49 * 256**2)
+    assert three.single_weights / three.weights == pytest.approx(1.81, abs=0.005)
+    # The 1x1 behind two 3x3 sees no further.
+    assert {stack.window for stack in analyse(get_spec("vgg16-1x1")).stacks} == {5}
+
+
+def test_the_window_of_a_stack_is_the_receptive_field_that_the_rows_have() -> None:
+    for name in ("vgg13", "vgg16", "vgg19"):
+        rows = {layer.name: layer for layer in analyse(get_spec(name)).layers}
+        first = analyse(get_spec(name)).stacks[0]
+        assert rows[f"block1_conv{first.convolutions}"].receptive_field == first.window
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_shares_add_up(name: str) -> None:
+    found = analyse(SPECS[name])
+    assert sum(share.parameters for share in found.shares) == found.parameters
+    assert sum(share.macs for share in found.shares) == found.macs
+    assert sum(share.parameter_share for share in found.shares) == pytest.approx(1)
+    assert sum(share.mac_share for share in found.shares) == pytest.approx(1)
+    convolutions, dense, norms = found.shares
+    assert convolutions.layers + dense.layers == found.weight_layers
+    assert (norms.layers > 0) == (SPECS[name].normalization != "none")
+
+
+def test_a_pooled_head() -> None:
+    rows = {layer.name: layer for layer in analyse(get_spec("vgg16-compact", head="gap")).layers}
+    assert rows["avg_pool"].output == (32,)
+    assert (rows["avg_pool"].parameters, rows["avg_pool"].macs, rows["avg_pool"].receptive_field) == (0, 0, None)
+    assert rows["predictions"].parameters == 32 * 6 + 6
+    assert "flatten" not in rows
+    assert "fc1" not in rows

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vggedge.analysis import Analysis, LayerFigures, analyse
-from vggedge.architecture import NORMALIZATIONS, SPECS, get_spec, parse_input
+from vggedge.architecture import HEADS, NORMALIZATIONS, SPECS, get_spec, parse_input
 from vggedge.cli.output import JsonFlag, print_json, print_line, print_table
 from vggedge_runtime.errors import UsageError
 
@@ -24,14 +24,18 @@ def command(
     normalization: Annotated[
         str | None, typer.Option("--normalization", help=f"One of: {', '.join(NORMALIZATIONS)}.")
     ] = None,
+    width: Annotated[float, typer.Option("--width", help="Multiplies the channels and the hidden dense units.")] = 1.0,
+    head: Annotated[
+        str | None, typer.Option("--head", help=f"One of: {', '.join(HEADS)}; gap is global average pooling.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Show the variants: parameters, multiply-accumulates, receptive field, memory."""
+    """Show the variants: layers, parameters, multiply-accumulates, receptive field, memory."""
     if layers and name is None:
         raise UsageError("--layers shows one variant; name it, for example: vggedge models vgg16-compact --layers")
     shape = None if size is None else parse_input(size)
     found = [
-        analyse(get_spec(each, classes=classes, input=shape, normalization=normalization))
+        analyse(get_spec(each, classes=classes, input=shape, normalization=normalization, width=width, head=head))
         for each in ([name] if name is not None else SPECS)
     ]
     if json:
@@ -43,22 +47,24 @@ def command(
 
 
 def _print_family(found: list[Analysis]) -> None:
-    columns = ("variant", "input", "parameters", "MMAC", "field px", "peak KiB")  # fits into 80 columns
+    columns = ("variant", "layers", "input", "parameters", "MMAC", "field", "peak KiB")  # fits into 80 columns
     rows = [
         (
             each.spec.name,
-            _shape(each.spec.input),
+            each.weight_layers,
+            _shape(each.spec.input[:2]),
             f"{each.parameters:,}",
-            _millions(each.macs),
+            f"{each.macs / 1e6:,.0f}" if each.macs >= 1e8 else _millions(each.macs),
             each.receptive_field,
-            _kibibytes(each.peak_activation_bytes),
+            f"{each.peak_activation_bytes / 1024:,.0f}",
         )
         for each in found
     ]
     print_table("", columns, rows)
     print_line(
-        "One float32 image. MMAC: millions of multiply-accumulates. Field: receptive field after the last\n"
-        "convolution. Peak: activations of the widest layer, in and out. More: vggedge models NAME --layers"
+        "One float32 image. Layers: those with weights. MMAC: millions of multiply-accumulates. Field:\n"
+        "receptive field after the last convolution, pixels. Peak: activations of the widest layer, in\n"
+        "and out. More: vggedge models NAME --layers"
     )
 
 
@@ -67,12 +73,15 @@ def _print_variant(found: Analysis, layers: bool) -> None:
     if layers:
         columns = ("layer", "output", "parameters", "MMAC", "field px", "KiB")
         print_table(spec.name, columns, [_layer_row(layer) for layer in found.layers])
+        _print_shares(found)
+        _print_stacks(found)
     facts = (
         ("input", _shape(spec.input)),
         ("classes", spec.classes),
         ("normalization", spec.normalization),
         ("widths", " ".join(map(str, spec.widths))),
-        ("dense units", " ".join(map(str, spec.dense))),
+        ("head", spec.head),
+        ("dense units", " ".join(map(str, spec.dense)) or "none"),
         ("dropout", spec.dropout),
         ("weight layers", found.weight_layers),
         ("parameters", f"{found.parameters:,}"),
@@ -82,6 +91,42 @@ def _print_variant(found: Analysis, layers: bool) -> None:
         ("peak of float32 activations, KiB", _kibibytes(found.peak_activation_bytes)),
     )
     print_table("", (spec.name, "one image"), facts)
+
+
+def _print_shares(found: Analysis) -> None:
+    rows = [
+        (
+            each.what,
+            each.layers,
+            f"{each.parameters:,}",
+            f"{each.parameter_share:.1%}",
+            _millions(each.macs),
+            f"{each.mac_share:.1%}",
+        )
+        for each in found.shares
+        if each.layers
+    ]
+    print_table("Who holds the parameters, who does the work", ("", "layers", "parameters", "", "MMAC", ""), rows)
+
+
+def _print_stacks(found: Analysis) -> None:
+    if not found.stacks:
+        return
+    rows = [
+        (
+            f"stage {each.stage}: {each.convolutions} of 3x3",
+            f"{each.window}x{each.window}",
+            f"{each.weights:,}",
+            f"{each.single_weights:,}",
+            f"{each.saved:.1%}",
+        )
+        for each in found.stacks
+    ]
+    print_table("Stacked 3x3 convolutions", ("stack", "sees as", "its weights", "weights of that one", "saved"), rows)
+    print_line(
+        "Between maps of the stage's width, without biases. Multiply-accumulates are saved in the same\n"
+        "proportion, and there is a relu behind each layer instead of one.\n"
+    )
 
 
 def _layer_row(layer: LayerFigures) -> tuple[object, ...]:
