@@ -17,6 +17,8 @@ from vggedge_runtime.preprocess import (
     find_other_files,
     fit_image,
     read_image,
+    read_scaled_image,
+    scale_image,
 )
 
 EXIF_ORIENTATION = 0x0112
@@ -284,6 +286,71 @@ class TestFit:
         image = Image.new("RGB", (33, 17), (12, 200, 99))
         got = fit_image(image, ImageSpec(height=8, width=24, kernel=kernel))  # type: ignore[arg-type]
         assert (got == (12, 200, 99)).all()
+
+
+class TestScale:
+    @pytest.mark.parametrize(
+        ("size", "side", "shape"),
+        [
+            ((40, 30), 15, (15, 20, 3)),
+            ((30, 40), 15, (20, 15, 3)),
+            ((7, 5), 3, (3, 4, 3)),  # 4.2
+            ((5, 7), 4, (6, 4, 3)),  # 5.6
+            ((640, 480), 256, (256, 341, 3)),  # 341.33
+            ((500, 333), 224, (224, 336, 3)),  # 336.34
+            ((1000, 3), 2, (2, 667, 3)),
+            ((9, 9), 1, (1, 1, 3)),
+            ((10, 4), 400, (400, 1000, 3)),
+        ],
+    )
+    def test_shorter_side_is_exact_and_the_other_rounded(
+        self, size: tuple[int, int], side: int, shape: tuple[int, int, int]
+    ) -> None:
+        got = scale_image(Image.new("RGB", size, (12, 200, 99)), side)
+        assert (got.shape, got.dtype) == (shape, np.uint8)
+        assert (got == (12, 200, 99)).all()
+
+    def test_every_size_has_the_shorter_side_asked_for(self) -> None:
+        for short in range(1, 40):
+            for side in (1, 7, 32):
+                image = Image.new("RGB", (short, short + 3))
+                assert scale_image(image, side).shape[1] == side == min(scale_image(image, side).shape[:2])
+
+    @pytest.mark.parametrize("kernel", ["nearest", "bilinear", "bicubic"])
+    def test_equal_size_changes_nothing(self, kernel: str, pattern: np.ndarray) -> None:
+        got = scale_image(Image.fromarray(pattern), 5, kernel)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(got, pattern)
+        got[0, 0, 0] = 1  # a copy, not Pillow's own memory
+
+    def test_enlarging_keeps_every_pixel_at_whole_factors_and_nearest(self, pattern: np.ndarray) -> None:
+        got = scale_image(Image.fromarray(pattern), 15, "nearest")
+        np.testing.assert_array_equal(got, pattern.repeat(3, axis=0).repeat(3, axis=1))
+
+    @pytest.mark.parametrize("kernel", ["nearest", "bilinear", "bicubic"])
+    def test_same_kernel_as_fit_image(self, kernel: str, pattern: np.ndarray) -> None:
+        image = Image.fromarray(pattern)
+        spec = ImageSpec(height=10, width=14, kernel=kernel)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(scale_image(image, 10, kernel), fit_image(image, spec))  # type: ignore[arg-type]
+
+    def test_file_is_upright_before_it_is_scaled(self, pattern: np.ndarray, tmp_path: Path) -> None:
+        exif = Image.Exif()
+        exif[EXIF_ORIENTATION] = 6
+        path = tmp_path / "turned.png"
+        path.write_bytes(encode(Image.fromarray(pattern), exif=exif))
+        np.testing.assert_array_equal(read_scaled_image(path, 5), np.rot90(pattern, -1))
+        want = scale_image(Image.fromarray(np.ascontiguousarray(np.rot90(pattern, -1))), 3, "bicubic")
+        for source in (path, str(path), path.read_bytes()):
+            np.testing.assert_array_equal(read_scaled_image(source, 3, "bicubic"), want)
+
+    def test_grey_file_becomes_rgb(self, pattern: np.ndarray) -> None:
+        got = read_scaled_image(encode(Image.fromarray(pattern[:, :, 0])), 5)
+        np.testing.assert_array_equal(got, np.repeat(pattern[:, :, :1], 3, axis=2))
+
+    def test_unreadable_files_are_named(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"gone\.png: no such file"):
+            read_scaled_image(tmp_path / "gone.png", 8)
+        with pytest.raises(DataError, match=r"<3 bytes>: not an image"):
+            read_scaled_image(b"abc", 8)
 
 
 class TestCheckBatch:

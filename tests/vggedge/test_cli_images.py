@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vggedge.cli import images
-from vggedge.data import open_images
+from vggedge.data import ImageSet, open_images
 from vggedge_runtime.preprocess import ImageSpec
 
 CommandLine = Callable[..., tuple[object, str, str]]
@@ -50,6 +50,20 @@ def test_they_can_be_read_as_data_again(tmp_path: Path, command_line: CommandLin
     drawn, read = open_images("fingers:12@3", spec), open_images(str(tmp_path / "out"), spec)
     assert read.labels == drawn.labels
     np.testing.assert_array_equal(np.bincount(read.targets), np.bincount(drawn.targets))
+
+
+def test_a_class_name_is_no_path(tmp_path: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = ("T-shirt/top", "T-shirt_top", "..", ".hidden", "/absolute")
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    source = ImageSet("clothes", labels, np.arange(5), lambda index: pixels, lambda index, side: pixels)
+    monkeypatch.setattr(images, "open_images", lambda data, spec: source)
+    assert command_line("images", "clothes", "-o", tmp_path / "out")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "T-shirt_top", "T-shirt_top_2", "_.", "_absolute", "_hidden"
+    ]  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    read = open_images(str(tmp_path / "out"), ImageSpec(height=64, width=64))
+    assert len(read.labels) == len(read) == 5
 
 
 def test_others_may_read_the_folder(photos: Path, tmp_path: Path, command_line: CommandLine) -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vggedge.data import DEFAULT_COUNT, ImageSet, open_images
-from vggedge_runtime.errors import DataError, UsageError
+from vggedge_runtime.errors import DataError, MissingDependency, UsageError
 from vggedge_runtime.preprocess import ImageSpec
 
 SPEC = ImageSpec(height=64, width=64)
@@ -86,23 +86,72 @@ def test_misspelt_name_is_a_missing_folder(tmp_path: Path, monkeypatch: pytest.M
         open_images("finger", SPEC)
 
 
-@pytest.mark.parametrize("data", ["set.h5", "set.HDF5", "keras:mnist"])
-def test_forms_to_come_say_what_to_do_instead(data: str) -> None:
-    with pytest.raises(
-        UsageError, match=r"cannot be read yet\. Write its images as PNG files into one sub-folder a class"
-    ):
-        open_images(data, SPEC)
+@pytest.mark.parametrize("name", ["set.h5", "set.h5:test"])
+def test_folder_that_ends_as_a_file_would_is_a_folder(name: str, tmp_path: Path) -> None:
+    write_classes(tmp_path / name)
+    assert len(open_images(str(tmp_path / name), SPEC)) == 2
 
 
-def test_folder_that_ends_in_h5_is_a_folder(tmp_path: Path) -> None:
-    write_classes(tmp_path / "set.h5")
-    assert len(open_images(str(tmp_path / "set.h5"), SPEC)) == 2
+def test_folder_beneath_one_that_ends_as_a_file_would(tmp_path: Path) -> None:
+    write_classes(tmp_path / "set.h5:2" / "photos")
+    assert len(open_images(str(tmp_path / "set.h5:2" / "photos"), SPEC)) == 2
 
 
 @pytest.mark.parametrize("data", ["", "  "])
 def test_empty_data(data: str) -> None:
-    with pytest.raises(UsageError, match=r"DATA is .*needed is fingers"):
+    with pytest.raises(UsageError, match=r"DATA is .*needed is fingers.*FILE\.h5 or keras:NAME"):
         open_images(data, SPEC)
+
+
+@pytest.mark.parametrize("data", ["signs.h5", "keras:mnist"])
+def test_missing_library_is_named_with_its_extra(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "signs.h5").touch()
+    monkeypatch.chdir(tmp_path)
+    for module in ("h5py", "keras", "tensorflow"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingDependency, match=r"pip install 'vggedge\[train\]'"):
+        open_images(data, SPEC)
+
+
+@pytest.fixture
+def pictures() -> ImageSet:
+    """Forty images of two classes; image i is read as (i, 0, 0) pixels, and scaled as a square of (i, 1, 1)."""
+    return ImageSet(
+        name="forty",
+        labels=("even", "odd"),
+        targets=np.arange(40, dtype=np.int64) % 2,
+        read_one=lambda index: np.full((2, 2, 3), (index, 0, 0), dtype=np.uint8),
+        read_scaled=lambda index, side: np.full((side, side, 3), (index, 1, 1), dtype=np.uint8),
+    )
+
+
+def check_same_images(images: ImageSet, indices: list[int]) -> None:
+    """Both readers and the targets of ``images`` are those of ``indices`` in the fixture's set."""
+    assert [int(images.read_one(place)[0, 0, 0]) for place in range(len(images))] == indices
+    for place, index in enumerate(indices):
+        scaled = images.read_scaled(place, 3 + place % 2)
+        assert scaled.shape == (3 + place % 2,) * 2 + (3,)
+        assert (scaled == (index, 1, 1)).all()
+    assert images.targets.tolist() == [index % 2 for index in indices]
+
+
+def test_subsets_read_the_same_images_scaled(pictures: ImageSet) -> None:
+    subset = pictures.subset(np.array([7, 0, 39, 7]))
+    check_same_images(subset, [7, 0, 39, 7])
+    check_same_images(subset.subset(np.array([2, 1])), [39, 0])
+
+
+def test_taken_and_split_images_are_the_same_scaled(pictures: ImageSet) -> None:
+    taken = pictures.take(10, seed=1)
+    chosen = taken.read()[:, 0, 0, 0].tolist()
+    assert chosen != list(range(10))
+    check_same_images(taken, chosen)
+
+    rest, held = pictures.split(0.2, seed=3)
+    parts = [part.read()[:, 0, 0, 0].tolist() for part in (rest, held)]
+    assert sorted(parts[0] + parts[1]) == list(range(40))
+    check_same_images(rest, parts[0])
+    check_same_images(held, parts[1])
 
 
 def test_needs_no_tensorflow() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vggedge.data.fingers import LABELS, SEED_LIMIT, draw_hand, open_fingers
 from vggedge_runtime.errors import UsageError
@@ -111,3 +112,23 @@ def test_impossible_counts_indices_and_sizes_are_refused() -> None:
         open_fingers(0, 0, SPEC)
     with pytest.raises(UsageError, match="size is 4 pixels"):
         draw_hand(0, 0, size=4)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_scaled_images_are_drawn_at_that_size(hard: bool) -> None:
+    images = open_fingers(4, 5, SPEC, hard=hard)
+    for index in range(4):
+        np.testing.assert_array_equal(images.read_scaled(index, 64), images.read_one(index))
+    for side in (32, 96, 128):
+        got = images.read_scaled(3, side)
+        assert (got.shape, got.dtype) == ((side, side, 3), np.uint8)
+        np.testing.assert_array_equal(got, np.asarray(draw_hand(5, 3, hard=hard, size=side)))
+
+
+def test_scaled_images_show_the_same_hand() -> None:
+    images = open_fingers(12, 5, SPEC)
+    for index in range(3):
+        small = images.read_one(index).astype(np.float64)
+        shrunk = np.asarray(Image.fromarray(images.read_scaled(index, 128)).reduce(2)).astype(np.float64)
+        assert np.abs(shrunk - small).mean() < 12
+        assert np.abs(shrunk - images.read_one(index + 6)).mean() > 25

@@ -8,7 +8,7 @@ from PIL import Image
 
 from vggedge.data.folder import open_folder
 from vggedge_runtime.errors import DataError
-from vggedge_runtime.preprocess import ImageSpec
+from vggedge_runtime.preprocess import ImageSpec, fit_image
 
 SPEC = ImageSpec(height=8, width=12)
 
@@ -138,3 +138,56 @@ def test_files_of_no_image_format_are_named(tmp_path: Path) -> None:
 
     assert len(images) == 2
     assert [path.name for path in images.skipped] == ["b.heic", "d.HEIC"]
+
+
+def write_halves(path: Path, size: tuple[int, int], **options: object) -> None:
+    """Left half black, right half white."""
+    image = Image.new("RGB", size)
+    image.paste((255, 255, 255), (size[0] // 2, 0, *size))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def test_scaled_images_are_whole_and_their_shorter_side_is_exact(tmp_path: Path) -> None:
+    write_halves(tmp_path / "a" / "landscape.png", (90, 40))
+    write_halves(tmp_path / "a" / "portrait.png", (40, 90))
+    write_halves(tmp_path / "b" / "square.png", (40, 40))
+    images = open_folder(tmp_path, ImageSpec(height=8, width=8, kernel="nearest"))
+    for side in (1, 13, 40, 64):
+        longer = round(side * 2.25)
+        shapes = [images.read_scaled(index, side).shape for index in range(3)]
+        assert shapes == [(side, longer, 3), (longer, side, 3), (side, side, 3)]
+    for index in range(3):
+        got = images.read_scaled(index, 20)
+        middle = got.shape[1] // 2
+        assert got.dtype == np.uint8
+        assert (got[:, : middle - 1] == 0).all()
+        assert (got[:, middle + 1 :] == 255).all()
+
+
+def test_scaled_images_are_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side: the left edge is the upper one
+    write_halves(tmp_path / "a" / "turned.png", (90, 40), exif=exif)
+    write_image(tmp_path / "b" / "1.png")
+    got = open_folder(tmp_path, SPEC).read_scaled(0, 20)
+    assert got.shape == (45, 20, 3)
+    assert (got[:20] == 0).all()
+    assert (got[25:] == 255).all()
+
+
+@pytest.mark.parametrize("kernel", ["nearest", "bilinear", "bicubic"])
+def test_scaled_images_honour_the_kernel(tmp_path: Path, kernel: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8)
+    write_image(tmp_path / "a" / "1.png")
+    write_image(tmp_path / "b" / "noise.png")
+    Image.fromarray(noise).save(tmp_path / "b" / "noise.png")
+    images = open_folder(tmp_path, ImageSpec(height=5, width=5, kernel=kernel))  # type: ignore[arg-type]
+    want = fit_image(Image.fromarray(noise), ImageSpec(height=17, width=17, kernel=kernel))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(images.read_scaled(1, 17), want)
+
+
+def test_scaled_image_that_cannot_be_read_is_named(folder: Path) -> None:
+    (folder / "Ant" / "broken.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"broken\.png: not an image"):
+        open_folder(folder, SPEC).read_scaled(0, 10)

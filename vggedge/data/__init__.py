@@ -10,9 +10,16 @@ Every command that takes images takes ``DATA``, in one of these forms:
 ``fingers@SEED``            6000 images of that seed
 ``fingers-hard...``         the same four forms: any fingers, either hand, strong rotation, clutter
 ``FOLDER``                  one sub-folder a class, images of any size
+``FILE.h5``                 an HDF5 file, also ``.hdf5``, laid out as :mod:`vggedge.data.hdf5` says: its
+                            train part, or its test part if it has no other
+``FILE.h5:test``            its test part (``:train``: its train part)
+``keras:NAME``              the train part of cifar10, cifar100, fashion_mnist or mnist, which Keras
+                            downloads the first time
+``keras:NAME:test``         its test part (``:train``: its train part)
 ==========================  =========================================================================
 
-The names come first: a folder that is called ``fingers`` is reached as ``./fingers``.
+The names come first: a folder that is called ``fingers`` is reached as ``./fingers``. A folder whose name ends
+in ``.h5`` is a folder.
 """
 
 from __future__ import annotations
@@ -20,9 +27,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from vggedge.data.arrays import PARTS, Part
 from vggedge.data.base import ImageSet
 from vggedge.data.fingers import SEED_LIMIT, open_fingers
 from vggedge.data.folder import open_folder
+from vggedge.data.hdf5 import open_hdf5
+from vggedge.data.keras_data import open_keras
 from vggedge_runtime.errors import UsageError
 from vggedge_runtime.preprocess import ImageSpec
 
@@ -32,6 +42,8 @@ DEFAULT_COUNT = 6000
 _COUNT_LIMIT = 10_000_000
 _GRAMMAR = "fingers[:COUNT][@SEED] or fingers-hard[:COUNT][@SEED], such as fingers:5000@1"
 _FINGERS = re.compile(r"(fingers(?:-hard)?)(?::([^@]*))?(?:@(.*))?")
+_KERAS = re.compile(r"keras:([^:]*)(?::(.*))?")
+_HDF5 = re.compile(r"(.*\.(?:h5|hdf5))(?::([^/\\]*))?", re.IGNORECASE)
 
 
 def open_images(data: str, spec: ImageSpec) -> ImageSet:
@@ -42,8 +54,9 @@ def open_images(data: str, spec: ImageSpec) -> ImageSet:
         spec: the size that images are read at.
 
     Raises:
-        UsageError: ``data`` is empty, has a bad count or seed, or is a form that does not exist yet.
-        DataError: the folder is missing or does not hold one sub-folder a class.
+        UsageError: ``data`` is empty, has a bad count, seed or part, or names no data set of Keras.
+        DataError: the folder or file is missing or laid out otherwise, or the data set cannot be downloaded.
+        MissingDependency: an HDF5 file without h5py, or ``keras:`` without TensorFlow and Keras.
     """
     match = _FINGERS.fullmatch(data)
     if match:
@@ -54,7 +67,16 @@ def open_images(data: str, spec: ImageSpec) -> ImageSet:
             spec,
             hard=level == "fingers-hard",
         )
-    _check_supported(data)
+    match = _KERAS.fullmatch(data)
+    if match:
+        return open_keras(match[1], _parse_part(data, match[2]), spec)
+    if not data.strip():
+        raise UsageError(
+            f"DATA is {data!r}; needed is {_GRAMMAR}, a folder with one sub-folder a class, FILE.h5 or keras:NAME."
+        )
+    match = _HDF5.fullmatch(data)
+    if match and not Path(data).is_dir():
+        return open_hdf5(Path(match[1]), _parse_part(data, match[2]), spec)
     return open_folder(Path(data), spec, name=data)
 
 
@@ -67,16 +89,12 @@ def _parse(data: str, what: str, text: str, least: int, most: int) -> int:
     return int(text)
 
 
-def _check_supported(data: str) -> None:
-    if not data.strip():
-        raise UsageError(f"DATA is {data!r}; needed is {_GRAMMAR}, or a folder with one sub-folder a class.")
-    if data.startswith("keras:"):
-        form = "a data set of Keras by name"
-    elif data.lower().endswith((".h5", ".hdf5")) and not Path(data).is_dir():
-        form = "an HDF5 file"
-    else:
-        return
+def _parse_part(data: str, text: str | None) -> Part | None:
+    if text is None:
+        return None
+    for part in PARTS:
+        if text == part:
+            return part
     raise UsageError(
-        f"{data}: {form} cannot be read yet. Write its images as PNG files into one sub-folder a class "
-        f"and give that folder, or use {_GRAMMAR}."
+        f"{data}: the part is {text!r}; needed is {' or '.join(PARTS)}, such as {data.removesuffix(text)}test."
     )
