@@ -56,11 +56,19 @@ _warnings_lock = threading.Lock()  # warnings.catch_warnings changes the whole p
 _PILLOW_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
 
-class Normalization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``(pixel - mean) / std`` for each RGB channel, in pixel units (0 to 255)."""
+class Normalization(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """``(pixel - mean) / std`` for each channel, in pixel units (0 to 255).
+
+    Attributes:
+        mean: in RGB order, whatever ``order`` is.
+        std: likewise.
+        order: of the channels that the network takes; ``bgr`` turns them round after normalising. Left out of
+            JSON where it is ``rgb``, so that readers which do not know it refuse a BGR spec and no other.
+    """
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    order: Literal["rgb", "bgr"] = "rgb"
 
     def __post_init__(self) -> None:
         if min(self.std) <= 0:

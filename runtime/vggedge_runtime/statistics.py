@@ -64,3 +64,43 @@ def percentiles(
     values = np.asarray(samples, dtype=np.float64)
     enough = {p: values.size >= samples_needed(p) for p in wanted}
     return {f"p{p:g}": float(np.percentile(values, p)) if enough[p] else None for p in wanted}
+
+
+class ClassFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """How one class fared. Shares from 0 to 1; None where there is nothing to divide by.
+
+    Attributes:
+        label: its name.
+        images: how many are of this class.
+        answered: how many were said to be.
+        recall: right answers among ``images``.
+        precision: right answers among ``answered``.
+        f1: harmonic mean of both: 2 * right / (images + answered).
+    """
+
+    label: str
+    images: int
+    answered: int
+    recall: float | None
+    precision: float | None
+    f1: float | None
+
+
+def build_class_figures(confusion: NDArray[np.int64], labels: Sequence[str]) -> tuple[ClassFigures, ...]:
+    """Figures of each class from a confusion matrix, (classes, classes): rows true, columns answered."""
+    right, images, answered = np.diagonal(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    return tuple(
+        ClassFigures(
+            label=label,
+            images=int(images[index]),
+            answered=int(answered[index]),
+            recall=_share(right[index], images[index]),
+            precision=_share(right[index], answered[index]),
+            f1=_share(2 * right[index], images[index] + answered[index]),
+        )
+        for index, label in enumerate(labels)
+    )
+
+
+def _share(part: np.int64, whole: np.int64) -> float | None:
+    return float(part / whole) if whole else None

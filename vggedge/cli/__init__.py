@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import vggedge
-from vggedge.cli import bench, export, images, infer, models, output, train
+from vggedge.cli import bench, evaluate, export, images, import_weights, infer, models, output, train
 from vggedge_runtime.errors import VggedgeError
 
 
@@ -41,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (models, train, export, infer, bench, images):
+for module in (models, train, evaluate, import_weights, export, infer, bench, images):
     app.command(module.NAME)(module.command)
 
 
