@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,15 @@ from PIL import Image
 
 from vggedge.architecture import get_spec
 from vggedge.data.base import ImageSet
-from vggedge.training import EpochFigures, History, TrainConfig, TrainResult, train, write_history
+from vggedge.training import (
+    AugmentationConfig,
+    EpochFigures,
+    History,
+    TrainConfig,
+    TrainResult,
+    train,
+    write_history,
+)
 from vggedge_runtime.errors import DataError, ModelError, UsageError
 from vggedge_runtime.preprocess import scale_image
 
@@ -206,25 +213,76 @@ def test_data_that_does_not_fit_the_spec_is_refused() -> None:
         train(SPEC, data.subset(np.array([], dtype=np.int64)), CONFIG)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"epochs": 0},
-        {"batch_size": 0},
-        {"learning_rate": 0.0},
-        {"learning_rate": math.nan},
-        {"learning_rate": math.inf},
-        {"schedule": "linear"},
-        {"validation_share": 0.0},
-        {"validation_share": 1.0},
-        {"patience": -1},
-        {"seed": -1},
-        {"memory_bytes": -1},
-    ],
-)
-def test_a_config_that_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=f"{next(iter(change))} is .*; needed is"):
-        TrainConfig(**change)
+def test_augmented_training_does_not_depend_on_memory_and_spares_the_validation_images() -> None:
+    config = msgspec.structs.replace(
+        CONFIG,
+        epochs=2,
+        optimizer="sgd",
+        weight_decay=5e-4,
+        schedule="plateau",
+        augmentation=AugmentationConfig(scale=(40, 64), flip=True, colour_shift=0.1),
+    )
+    data = warm_and_cold()
+    held = train(SPEC, data, config)
+    read = train(SPEC, data, msgspec.structs.replace(config, memory_bytes=40_000))  # three images and a part of one
+    for mine, other in zip(held.model.get_weights(), read.model.get_weights(), strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-6)
+    _, judges = data.split(config.validation_share, config.seed)
+    answers = np.asarray(held.model(judges.read(), training=False))
+    loss = -np.log(answers[np.arange(len(judges)), judges.targets]).mean()
+    assert loss == pytest.approx(held.history.best.val_loss, rel=1e-3)
+
+
+def test_it_learns_from_augmented_images() -> None:
+    augmentation = AugmentationConfig(scale=(36, 64), flip=True, colour_shift=0.1)
+    found = train(SPEC, warm_and_cold(96), msgspec.structs.replace(CONFIG, epochs=6, augmentation=augmentation))
+    assert found.history.best.val_accuracy == 1
+
+
+def test_a_scale_below_the_networks_size_is_refused_before_reading() -> None:
+    config = msgspec.structs.replace(CONFIG, augmentation=AugmentationConfig(scale=(31, 64)))
+    with pytest.raises(UsageError, match="scale is 31 pixels at least; the network takes 32x32"):
+        train(SPEC, image_set("unread", np.zeros(4, np.int64), lambda _: 1 / 0), config)
+
+
+def test_plateau_lowers_the_rate_and_ends_training() -> None:
+    config = TrainConfig(
+        epochs=40, batch_size=16, learning_rate=1e-9, schedule="plateau", plateau_patience=1, validation_share=0.25
+    )
+    rates = [each.learning_rate for each in train(SPEC, warm_and_cold(32), config).history.epochs]
+    assert rates == pytest.approx([1e-9, 1e-9, 1e-10, 1e-11, 1e-12])
+
+
+def test_the_initialization_and_the_rates_are_those_of_the_config() -> None:
+    config = msgspec.structs.replace(CONFIG, epochs=1, learning_rate=1e-12, initialization="paper")
+    found = train(SPEC, warm_and_cold(32), config)
+    assert found.history.epochs[0].learning_rate == 5e-13  # the third step of three: half way down the cosine
+    kernel = next(layer for layer in found.model.layers if layer.name == "fc2").kernel
+    assert float(np.asarray(kernel).std()) == pytest.approx(0.1, rel=0.02)
+
+
+def test_keras_callbacks_see_the_model_while_it_trains() -> None:
+    import keras
+
+    seen: list[tuple[int, float]] = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            seen.append((batch, float(np.abs(np.asarray(self.model.get_layer("fc1").kernel)).sum())))
+
+    train(SPEC, warm_and_cold(32), msgspec.structs.replace(CONFIG, epochs=1), callbacks=[Watch()])
+    assert [batch for batch, _ in seen] == [0, 1, 2]
+    assert len({total for _, total in seen}) == 3
+
+
+def test_a_callback_can_end_training() -> None:
+    import keras
+
+    class End(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            self.model.stop_training = epoch == 1
+
+    assert len(train(SPEC, warm_and_cold(16), CONFIG, callbacks=[End()]).history.epochs) == 2
 
 
 def test_the_history_file(trained: TrainResult, tmp_path: Path) -> None:

@@ -1,0 +1,186 @@
+"""First weights from another network: a base for transfer, or a shallower network to grow from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from vggedge.architecture import HEADS, SPECS, STAGES, VggSpec, get_spec
+from vggedge.model import read_model
+from vggedge.recognition import recognize_spec
+from vggedge.training.config import TrainConfig
+from vggedge.training.history import Origin
+from vggedge_runtime.errors import ModelError, UsageError
+from vggedge_runtime.preprocess import ImageSpec
+
+if TYPE_CHECKING:
+    import keras
+
+DEFAULT_VARIANT = "vgg16-compact"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A trained network that another one begins with.
+
+    Attributes:
+        model: the trained one.
+        spec: its spec.
+        image: how its images were read; None if its file came without a card.
+        name: of its file, for messages and the history.
+        kind: ``transfer`` takes the five stages and leaves the head fresh; ``initial`` takes every layer that has the
+            same name and shapes, as the VGG paper's section 3.1 grows deep networks from net A.
+        frozen_stages: how many stages, counted from the images, ``transfer`` does not train. BatchNorm in them uses
+            and keeps the statistics that it has.
+    """
+
+    model: keras.Model
+    spec: VggSpec
+    image: ImageSpec | None
+    name: str
+    kind: Literal["transfer", "initial"]
+    frozen_stages: int = 0
+
+    def __post_init__(self) -> None:
+        _check_frozen_stages(self.frozen_stages)
+
+    def copy_into(self, model: keras.Model, spec: VggSpec) -> Origin:
+        """Copy weights into ``model``, a fresh network of ``spec``, and freeze its first stages.
+
+        Raises:
+            ModelError: the two normalise pixels differently, or no layer agrees.
+        """
+        if spec.pixels != self.spec.pixels:
+            raise ModelError(
+                f"{self.name}: its pixels are {self.spec.pixels}, those of the new network {spec.pixels}; weights "
+                "fit only what they were trained on. Set the new spec's pixels to the same."
+            )
+        sources = {layer.name: layer for layer in self.model.layers if layer.weights}
+        copied: list[str] = []
+        for layer in model.layers:
+            source = sources.get(layer.name)
+            is_wanted = self.kind == "initial" or layer.name.startswith("block")
+            if is_wanted and source is not None and _shapes(source) == _shapes(layer):
+                layer.set_weights(source.get_weights())
+                copied.append(layer.name)
+        if not copied:
+            raise ModelError(
+                f"{self.name}: none of its layers has the name and shapes of one in {spec.name}; its widths are "
+                f"{self.spec.widths}, needed are {spec.widths}. Start from a network of the same widths."
+            )
+        for layer in model.layers:
+            if any(layer.name.startswith(f"block{stage}_") for stage in range(1, self.frozen_stages + 1)):
+                layer.trainable = False
+        return Origin(kind=self.kind, model=self.name, layers=tuple(copied), frozen_stages=self.frozen_stages)
+
+
+def open_network(
+    *,
+    variant: str | None = None,
+    transfer: Path | None = None,
+    initial: Path | None = None,
+    frozen_stages: int | None = None,
+    input: tuple[int, int, int] | None = None,
+    normalization: str | None = None,
+    dropout: float | None = None,
+    head: str | None = None,
+) -> tuple[VggSpec, Start | None]:
+    """What is trained, and what it begins with; the spec's classes are still those of where it came from.
+
+    Args:
+        variant: name of a spec; DEFAULT_VARIANT if it is None and there is no ``transfer``.
+        transfer: file of a trained network whose stages are taken.
+        initial: file of a trained network to grow from; its normalisation of pixels is taken over.
+        frozen_stages: of ``transfer``; None freezes all.
+        input: (height, width, 3); None is the variant's or the base's, as for what follows.
+        normalization: one of NORMALIZATIONS.
+        dropout: share from 0 to 1.
+        head: one of HEADS.
+
+    Raises:
+        UsageError: choices that exclude each other, or a value that no VGG can have.
+        ModelError: a file cannot be read, or is no VGG.
+        MissingDependency: a file is to be read, and TensorFlow or Keras is not installed.
+    """
+    if transfer is None:
+        if frozen_stages is not None:
+            raise UsageError("freeze counts the stages of a base; name it with --transfer BASE.keras.")
+        spec = get_spec(
+            variant or DEFAULT_VARIANT, input=input, normalization=normalization, dropout=dropout, head=head
+        )
+        start = None if initial is None else read_start(initial, "initial")
+        return (spec if start is None else msgspec.structs.replace(spec, pixels=start.spec.pixels)), start
+    for name, found in (("model", variant), ("normalization", normalization), ("initial", initial)):
+        if found is not None:
+            raise UsageError(f"--{name} {found}: with --transfer the base decides that. Leave one of the two out.")
+    _check_head(head)
+    start = read_start(transfer, "transfer", STAGES if frozen_stages is None else frozen_stages)
+    return build_transfer_spec(start.spec, input=input, head=head, dropout=dropout), start
+
+
+def read_start(path: Path, kind: Literal["transfer", "initial"], frozen_stages: int = 0) -> Start:
+    """Read a trained network for another one to begin with.
+
+    Raises:
+        UsageError: ``frozen_stages`` is not 0 to 5.
+        ModelError: the file cannot be read, or is no VGG.
+        MissingDependency: TensorFlow or Keras is not installed.
+    """
+    _check_frozen_stages(frozen_stages)
+    model, card = read_model(path)
+    image = None if card is None else card.image
+    return Start(model, recognize_spec(model), image, path.name, kind, frozen_stages)
+
+
+def build_image_spec(spec: VggSpec, start: Start | None, config: TrainConfig) -> ImageSpec:
+    """How images become the input of a network of ``spec``: as for ``start``, if that says it.
+
+    Trained on scaled images and parts of them, it is shown images whose aspect ratio is kept, too.
+    """
+    image = ImageSpec(height=spec.input[0], width=spec.input[1])
+    if start is not None and start.image is not None:
+        image = msgspec.structs.replace(start.image, height=image.height, width=image.width)
+    return image if config.augmentation.scale is None else msgspec.structs.replace(image, resize="crop")
+
+
+def build_transfer_spec(
+    base: VggSpec,
+    *,
+    input: tuple[int, int, int] | None = None,
+    head: str | None = None,
+    dropout: float | None = None,
+) -> VggSpec:
+    """The spec of a network on the stages of ``base``; what is None is as there.
+
+    A dense head in place of a pooled one without dense layers takes the units of the variant ``base`` comes from.
+
+    Raises:
+        UsageError: a value that no VGG can have, or a dense head where the variant is not known.
+    """
+    _check_head(head)
+    dense = base.dense
+    if head == "gap" and base.head == "dense":
+        dense = ()
+    elif head == "dense" and not dense:
+        if base.name not in SPECS:
+            raise UsageError(f"{base.name}: no variant with these stages is known to take dense layers from. Use gap.")
+        dense = SPECS[base.name].dense
+    given = {"input": input, "head": head, "dropout": dropout}
+    return msgspec.structs.replace(base, dense=dense, **{key: each for key, each in given.items() if each is not None})
+
+
+def _check_head(head: str | None) -> None:
+    if head is not None and head not in HEADS:
+        raise UsageError(f"head is {head!r}; known are {', '.join(HEADS)}.")
+
+
+def _check_frozen_stages(count: int) -> None:
+    if not 0 <= count <= STAGES:
+        raise UsageError(f"freeze is {count}; a VGG has {STAGES} stages, so needed is 0 (none) to {STAGES} (all).")
+
+
+def _shapes(layer: keras.Layer) -> list[tuple[int, ...]]:
+    return [tuple(weight.shape) for weight in layer.weights]
