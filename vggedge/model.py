@@ -309,13 +309,15 @@ def _check_card(model: keras.Model, card: ModelCard, path: Path) -> None:
             f"{path}: the model goes from {inputs} to {outputs}; a classifier goes from "
             "(n, height, width, 3) to (n, classes). Cut it down to one such input and output."
         )
-    if len(card.labels) != outputs[-1]:
+    classes = 2 if outputs[-1] == 1 else outputs[-1]  # one unit is the score of the second of two classes
+    if len(card.labels) != classes:
         raise ModelError(
-            f"{path}: {len(card.labels)} labels for {outputs[-1]} outputs. Give one label for each output, "
-            f"in their order, in {path.with_suffix(LABELS_SUFFIX).name}."
+            f"{path}: {len(card.labels)} labels for {outputs[-1]} outputs, which tell {classes} classes apart. Give "
+            f"one label for each class, in the outputs' order, in {path.with_suffix(LABELS_SUFFIX).name}."
         )
+    takes = (*card.image.shape[:2], 1) if inputs[3] == 1 else card.image.shape  # export makes grey of RGB
     # None is a size that the model leaves open.
-    if any(has not in (None, wants) for has, wants in zip(inputs[1:], card.image.shape, strict=True)):
+    if any(has not in (None, wants) for has, wants in zip(inputs[1:], takes, strict=True)):
         raise ModelError(
             f"{path}: the model takes {inputs[1:]}, the image spec gives {card.image.shape}. "
             f"Correct height and width in {path.with_suffix(IMAGE_SUFFIX).name}."

@@ -33,7 +33,7 @@ def equalized_graph(graph: Graph) -> Graph:
     The sweeps run on each layer's table of largest weights, (out, in); the weights are scaled once at the end.
     """
     twin = graph.copy()
-    layers = list(nodes_of(twin, "Conv", "Gemm"))
+    layers = [node for node in nodes_of(twin, "Conv", "Gemm") if node.input[1] in twin.weights]
     ranges = {layer.name: _channel_ranges(twin, layer) for layer in layers}
     pairs = [
         (layer, behind)
@@ -86,12 +86,13 @@ def _grouped(columns: NDArray[np.floating], channels: int) -> NDArray[np.floatin
 def _next_layer(graph: Graph, layer: onnx.NodeProto) -> onnx.NodeProto | None:
     """The convolution or dense layer behind ``layer`` with nothing between them that scaling does not pass.
 
-    None where either is a grouped convolution: its kernel has fewer input channels than its input.
+    None where either is a grouped convolution: its kernel has fewer input channels than its input. None, too, where
+    the next one computes its kernel.
     """
     node = graph.only_consumer(layer.output[0])
     while node is not None and node.op_type in _HOMOGENEOUS:
         node = graph.only_consumer(node.output[0])
-    if node is None or node.op_type not in {"Conv", "Gemm"}:
+    if node is None or node.op_type not in {"Conv", "Gemm"} or node.input[1] not in graph.weights:
         return None
     return node if all(attribute(each, "group", 1) == 1 for each in (layer, node)) else None
 

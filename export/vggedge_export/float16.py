@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from vggedge_export.completion import SHAPE_OPS
 from vggedge_export.graph import Graph, Weight, attribute, make_node, nodes_of
 from vggedge_runtime.dependencies import require
 from vggedge_runtime.errors import ConversionError
 
 _LARGEST = float(np.finfo(np.float16).max)  # 65504
+_LOG_SIGMOID = frozenset({"Neg", "Softplus"})  # completion.py; exp(12) alone leaves FP16's range
 
 
 def float16_graph(graph: Graph) -> Graph:
@@ -73,14 +75,18 @@ def _float16_weight(name: str, array: Weight) -> Weight:
 
 
 def _keep_tail_in_float32(graph: Graph) -> None:
-    """Cast to FP32 before the softmax; without a softmax, cast the output."""
+    """Cast to FP32 before the softmax and what makes logits of sigmoids for it; without a softmax, cast the output."""
     onnx = require("onnx", "export")
-    last = next(node for node in graph.nodes if graph.is_output(node.output[0]))
+    first = last = next(node for node in graph.nodes if graph.is_output(node.output[0]))
+    while first.op_type in SHAPE_OPS and (above := graph.producer(first.input[0])) is not None:
+        first = above
     to_float = {"to": onnx.TensorProto.FLOAT}
-    if last.op_type == "Softmax":
-        wide = f"{last.name}/fp32"
-        graph.nodes.insert(graph.index(last), make_node("Cast", [last.input[0]], wide, **to_float))
-        last.input[0] = wide
+    if first.op_type == "Softmax":
+        while (above := graph.producer(first.input[0])) is not None and above.op_type in _LOG_SIGMOID:
+            first = above
+        wide = f"{first.name}/fp32"
+        graph.nodes.insert(graph.index(first), make_node("Cast", [first.input[0]], wide, **to_float))
+        first.input[0] = wide
     else:
         result, narrow = last.output[0], f"{last.name}/fp16"
         last.output[0] = narrow

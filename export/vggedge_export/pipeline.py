@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 
 from vggedge_export import engine as engines
 from vggedge_export.calibration import largest_magnitudes
-from vggedge_export.conversion import check_exportable, check_probabilities, graph_from_keras
+from vggedge_export.completion import complete_graph, complete_scores
+from vggedge_export.conversion import check_exportable, class_count, graph_from_keras
 from vggedge_export.engine import EngineConfig
 from vggedge_export.equalization import equalized_graph
 from vggedge_export.float16 import float16_graph, rounding_twin
 from vggedge_export.graph import Graph
+from vggedge_export.grey import GREY_IN_WORDS
 from vggedge_export.passes import apply_passes
 from vggedge_export.quantization import (
     INT8,
@@ -165,6 +167,7 @@ class _Converted:
     graph: Graph
     op_counts: dict[str, int]
     passes: list[PassRecord]
+    adaptations: tuple[str, ...]
 
 
 def _make_graphs(
@@ -198,6 +201,7 @@ def _make_graphs(
         data={"calibration": _record(inputs.calibration), "evaluation": _record(inputs.evaluation)},
         tools=tool_versions("vggedge", "keras", "tensorflow", "tf2onnx", "onnx", "onnxruntime", "numpy"),
         files={},
+        adaptations=converted.adaptations,
     )
     return manifest, converted.op_counts
 
@@ -290,14 +294,23 @@ def _convert(model: keras.Model | Callable[[], keras.Model], inputs: _Inputs, pr
     scores = keras_scores(loaded, inputs.image.normalization, inputs.evaluation.images, progress)
     progress(0, 1, "converting")
     graph = graph_from_keras(loaded, inputs.image.normalization)
-    name, parameters = loaded.name, loaded.count_params()
+    name, parameters, is_grey = loaded.name, loaded.count_params(), loaded.inputs[0].shape[-1] == 1
     del loaded
     gc.collect()  # a Keras model is full of cycles
     counts = graph.op_counts()
     records = apply_passes(graph)
-    check_probabilities(graph)
+    completion = complete_graph(graph, scores)
     progress(1, 1, "converting")
-    return _Converted(name, parameters, scores, graph, counts, records)
+    adaptations = (GREY_IN_WORDS if is_grey else None, completion.words)
+    return _Converted(
+        name=name,
+        parameters=parameters,
+        scores=complete_scores(scores, completion),
+        graph=graph,
+        op_counts=counts,
+        passes=records,
+        adaptations=tuple(each for each in adaptations if each is not None),
+    )
 
 
 def _build_engines(
@@ -334,8 +347,8 @@ def choose_golden(answers: dict[str, Scores], targets: NDArray[np.int64]) -> lis
 
 def _check_inputs(model: keras.Model, inputs: _Inputs) -> None:
     check_exportable(model, inputs.image.normalization)
-    size, classes, labels = tuple(model.inputs[0].shape[1:]), model.outputs[0].shape[-1], inputs.labels
-    if size != inputs.image.shape:
+    size, classes, labels = tuple(model.inputs[0].shape[1:]), class_count(model), inputs.labels
+    if size[:2] != inputs.image.shape[:2]:
         raise ModelError(
             f"{model.name} takes images of {size}, the image spec says {inputs.image.shape}; make them agree."
         )

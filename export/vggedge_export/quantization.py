@@ -50,8 +50,8 @@ INT8_RTX = QuantizationRecipe(per_channel=False)
 
 
 def quantized_layers(graph: Graph, recipe: QuantizationRecipe) -> list[onnx.NodeProto]:
-    """Nodes that ``recipe`` quantises, in order."""
-    layers = list(nodes_of(graph, "Conv", "Gemm"))
+    """Nodes that ``recipe`` quantises, in order; what computes its own kernel has no INT8 weights and is left."""
+    layers = [node for node in nodes_of(graph, "Conv", "Gemm") if node.input[1] in graph.weights]
     return layers[0 if recipe.quantize_first else 1 : None if recipe.quantize_last else -1]
 
 
@@ -69,12 +69,21 @@ def exact_input_scale(graph: Graph) -> dict[str, float]:
     """Scale of the first layer's input where the head maps pixels onto INT8 steps exactly, else nothing.
 
     Rescaling(1/128, offset=-1) makes pixel p into (p - 128) / 128. At scale 1/128 that is the int8 value
-    p - 128, from -128 to 127: nothing is rounded and nothing is clipped.
+    p - 128, from -128 to 127: nothing is rounded and nothing is clipped. It has to be whole pixels, of the image
+    or its grey, that are mapped so.
     """
     first = next(nodes_of(graph, "Conv", "Gemm"))
     scaled = _without_constant(graph, first.input[0], "Add", -1.0)
     pixels = _without_constant(graph, scaled, "Mul", 1 / 128) if scaled is not None else None
-    return {first.input[0]: 1 / 128} if pixels is not None else {}
+    return {first.input[0]: 1 / 128} if pixels is not None and _are_whole(graph, pixels) else {}
+
+
+def _are_whole(graph: Graph, tensor: str) -> bool:
+    """Whether ``tensor`` is integers, cast to float and at most moved."""
+    node = graph.producer(tensor)
+    while node is not None and node.op_type in {"Transpose", "Reshape"}:
+        node = graph.producer(node.input[0])
+    return node is not None and node.op_type == "Cast"  # the graph casts from integers only, in its head
 
 
 def _without_constant(graph: Graph, tensor: str, op: str, constant: float) -> str | None:

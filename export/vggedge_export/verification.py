@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vggedge_export.graph import INPUT
+from vggedge_export.grey import grey_pixels
 from vggedge_runtime.backends.ort import open_ort_session
 from vggedge_runtime.bundle import Comparison
 from vggedge_runtime.errors import ConversionError, DataError
@@ -52,13 +53,19 @@ class LabelledImages:
 
 
 def keras_scores(model: keras.Model, normalization: Normalization | None, images: Pixels, progress: Advance) -> Scores:
-    """What the Keras model answers, batch by batch, at inference; to normalised pixels if it needs them so."""
+    """What the Keras model itself answers, batch by batch, at inference: (n, units), not completed to probabilities.
+
+    It gets grey where it takes one channel, and normalised pixels in its own order of channels if it needs them so.
+    """
+    is_grey = model.inputs[0].shape[-1] == 1
 
     def run(batch: Pixels) -> Any:
-        pixels: NDArray[np.float32] = batch.astype(np.float32)
+        pixels: NDArray[np.float32] = (grey_pixels(batch) if is_grey else batch).astype(np.float32)
         if normalization is not None:
             mean, std = (np.array(part, np.float32) for part in (normalization.mean, normalization.std))
-            pixels = (pixels - mean) / std
+            pixels = (pixels - mean[:1]) / std[:1] if is_grey else (pixels - mean) / std
+            if normalization.order == "bgr":
+                pixels = pixels[..., ::-1]
         return model(pixels, training=False)
 
     return _in_batches(run, images, "asking Keras", progress)
@@ -111,8 +118,9 @@ def check_parity(comparison: Comparison) -> None:
     if comparison.max_abs_difference > PARITY_LIMIT:
         raise ConversionError(
             f"the FP32 graph differs from Keras by {comparison.max_abs_difference:.3g} in a probability, on "
-            f"{comparison.images} images; allowed is {PARITY_LIMIT:g}. Nothing was written. This is a defect of the "
-            "conversion: please report the model's layers."
+            f"{comparison.images} images; allowed is {PARITY_LIMIT:g}. Nothing was written. Either the model magnifies "
+            "rounding, as untrained and diverged ones do (check its accuracy in Keras), or the conversion has a defect: "
+            "then please report the model's layers."
         )
 
 

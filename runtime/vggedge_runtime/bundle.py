@@ -145,6 +145,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         data: the images used for ``calibration`` and ``evaluation``.
         tools: versions of what made the bundle.
         files: hash and size of every file that the manifest covers.
+        adaptations: what export added to the model to meet the graph contract, in words; bundles from before
+            this field have none.
     """
 
     format_version: int
@@ -160,6 +162,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     data: dict[str, DataRecord]
     tools: dict[str, str]
     files: dict[str, FileRecord]
+    adaptations: tuple[str, ...] = ()
 
 
 class Bundle:

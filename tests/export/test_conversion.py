@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vggedge.architecture import NORMALIZATIONS, SPECS
-from vggedge_export.conversion import check_exportable, check_probabilities, graph_from_keras, normalizing_layer
+from vggedge_export.conversion import check_exportable, graph_from_keras, normalizing_layer
 from vggedge_export.graph import Graph, value_info
 from vggedge_export.passes import apply_passes
 from vggedge_runtime.errors import ConversionError, ModelError
@@ -347,6 +347,169 @@ def test_a_layer_may_have_a_name_of_the_graph(
     np.testing.assert_allclose(run_graph(graph, images=images)[0], wanted, rtol=0, atol=1e-5)
 
 
+CAFFE = Normalization(mean=(123.68, 116.779, 103.939), std=(1.0, 2.0, 4.0), order="bgr")
+BGR: dict[str, Callable[[], Any]] = {
+    "conv": lambda: small(conv(activation="relu")),
+    "padded conv": lambda: small(layers.ZeroPadding2D(2), conv(strides=2, padding="same", activation="relu")),
+    "normalised again": lambda: small(layers.BatchNormalization(), conv(activation="relu")),
+}
+
+
+def in_bgr(model: Any, images: np.ndarray) -> np.ndarray:
+    pixels = (images.astype(np.float32) - np.float32(CAFFE.mean)) / np.float32(CAFFE.std)
+    return np.asarray(model(pixels[..., ::-1], training=False))
+
+
+@pytest.mark.parametrize("make", BGR.values(), ids=BGR)
+def test_bgr_costs_nothing_in_front_of_a_convolution(
+    make: Callable[[], Any], clean: Callable[..., Graph], run_graph: Callable[..., list[np.ndarray]]
+) -> None:
+    model = make()
+    graph, images = clean(model, CAFFE), images_for(model)
+    wanted = in_bgr(model, images)
+    assert np.abs(wanted - in_bgr(model, images[..., ::-1])).max() > 1e-2  # the order matters
+    np.testing.assert_allclose(run_graph(graph, images=images)[0], wanted, rtol=0, atol=1e-5)
+    assert [node.op_type for node in graph.nodes][:4] == ["Cast", "Transpose", "Sub", "Mul"]
+    assert not {"Gather", "Slice", "Concat"}.intersection(graph.op_counts())
+
+
+def test_bgr_in_front_of_anything_else_stays_a_node(
+    clean: Callable[..., Graph], run_graph: Callable[..., list[np.ndarray]]
+) -> None:
+    model = small(layers.DepthwiseConv2D(3), conv())
+    graph, images = clean(model, CAFFE), images_for(model)
+    np.testing.assert_allclose(run_graph(graph, images=images)[0], in_bgr(model, images), rtol=0, atol=1e-5)
+    assert graph.op_counts()["Gather"] == 1
+
+
+def test_preprocess_input_inside_the_model_costs_nothing_either(
+    clean: Callable[..., Graph], run_graph: Callable[..., list[np.ndarray]]
+) -> None:
+    inputs = keras.Input((12, 10, 3))
+    outputs = conv(activation="relu")(keras.applications.vgg16.preprocess_input(inputs))
+    near_zero = keras.initializers.RandomNormal(stddev=1e-3, seed=1)
+    top = layers.Dense(3, "softmax", kernel_initializer=near_zero, name="top")
+    model = keras.Model(inputs, top(layers.Flatten(name="flat")(outputs)))
+    graph, images = clean(model), images_for(model)
+    wanted = np.asarray(model(images.astype(np.float32), training=False))
+    np.testing.assert_allclose(run_graph(graph, images=images)[0], wanted, rtol=0, atol=1e-5)
+    assert [node.op_type for node in graph.nodes] == [
+        "Cast",
+        "Transpose",
+        "Add",
+        "Conv",
+        "Relu",
+        "Flatten",
+        "Gemm",
+        "Softmax",
+    ]
+
+
+def residual(inputs: Any, filters: int, **options: Any) -> Any:
+    """A block of MobileNetV2: expand, depthwise, project, each with its BatchNorm; and the input added."""
+    outputs = layers.BatchNormalization()(layers.Conv2D(6, 1, use_bias=False)(inputs))
+    outputs = layers.ZeroPadding2D(((0, 1), (0, 1)))(layers.ReLU(6.0)(outputs))
+    outputs = layers.DepthwiseConv2D(2, use_bias=False, **options)(outputs)
+    outputs = layers.ReLU(6.0)(layers.BatchNormalization()(outputs))
+    outputs = layers.BatchNormalization()(layers.Conv2D(filters, 1, use_bias=False)(outputs))
+    return layers.Add()([inputs, outputs]) if inputs.shape == outputs.shape else outputs
+
+
+def squeezed(inputs: Any) -> Any:
+    """Squeeze-and-excitation with swish, as in EfficientNet."""
+    channels = inputs.shape[-1]
+    squeeze = layers.Reshape((1, 1, channels))(layers.GlobalAveragePooling2D()(inputs))
+    squeeze = layers.Conv2D(channels, 1, activation="sigmoid")(layers.Conv2D(2, 1, activation="swish")(squeeze))
+    return layers.Multiply()([inputs, squeeze])
+
+
+def backbone(*blocks: Callable[[Any], Any]) -> Callable[[], Any]:
+    """A nested model behind augmentation, as transfer learning makes it."""
+
+    def make() -> Any:
+        inside = keras.Input((12, 10, 3))
+        outputs = layers.Conv2D(4, 3, padding="same", activation="relu", name="stem")(inside)
+        for block in blocks:
+            outputs = block(outputs)
+        inner = keras.Model(inside, outputs, name="backbone")
+        augmentation = keras.Sequential([layers.RandomFlip(), layers.RandomRotation(0.1)], name="augmentation")
+        inputs = keras.Input((12, 10, 3))
+        outputs = inner(layers.Rescaling(1 / 128, offset=-1)(augmentation(inputs)))
+        outputs = layers.Dropout(0.2)(layers.GlobalAveragePooling2D(name="gap")(outputs))
+        return keras.Model(inputs, layers.Dense(3, "softmax", name="top")(outputs))
+
+    return make
+
+
+BACKBONES = {
+    "residual": (backbone(lambda x: residual(x, 4), lambda x: residual(x, 4), lambda x: residual(x, 5, strides=2)), {}),
+    "squeeze and excitation": (backbone(squeezed, lambda x: residual(x, 4), squeezed), {"Reshape": 2}),
+    "dense": (
+        backbone(*[lambda x: layers.Concatenate()([x, layers.Conv2D(3, 3, padding="same", activation="relu")(x)])] * 2),
+        {"Concat": 2},
+    ),
+    "grouped": (backbone(lambda x: layers.Conv2D(6, 3, groups=2, padding="same", activation="gelu")(x)), {"Erf": 1}),
+}
+
+
+@pytest.mark.parametrize(("make", "counts"), BACKBONES.values(), ids=BACKBONES)
+def test_backbones_keep_their_numbers_and_one_transpose(
+    make: Callable[[], Any],
+    counts: dict[str, int],
+    clean: Callable[..., Graph],
+    run_graph: Callable[..., list[np.ndarray]],
+) -> None:
+    model = make()
+    graph, images = clean(model), images_for(model)
+    assert normalizing_layer(model) == model.layers[2].name
+    wanted = np.asarray(model(images.astype(np.float32), training=False))
+    assert wanted.std(axis=0).max() > 1e-3
+    np.testing.assert_allclose(run_graph(graph, images=images)[0], wanted, rtol=0, atol=1e-5)
+    found = graph.op_counts()
+    assert found["Transpose"] == 1
+    assert not {"BatchNormalization", "Pad"}.intersection(found)
+    assert {op: found.get(op, 0) for op in counts} == counts
+    named = {node.name: node.op_type for node in graph.nodes}
+    assert (named["stem"], named["stem/relu"], named["top"], named["gap"]) == ("Conv", "Relu", "Gemm", "ReduceMean")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "transposes", "options"),
+    [("MobileNetV2", 1, {"alpha": 0.35}), ("ResNet50", 1, {}), ("EfficientNetB0", 2, {}), ("DenseNet121", 1, {})],
+)
+def test_backbones_of_keras_applications(
+    name: str,
+    transposes: int,
+    options: dict[str, Any],
+    randomise: Callable[..., None],
+    run_graph: Callable[..., list[np.ndarray]],
+) -> None:
+    inner = getattr(keras.applications, name)(include_top=False, weights=None, input_shape=(64, 64, 3), **options)
+    inputs = keras.Input((64, 64, 3))
+    features = layers.GlobalAveragePooling2D()(inner(layers.Rescaling(1 / 128, offset=-1)(inputs)))
+    top = layers.Dense(3, "softmax", name="top")
+    model = keras.Model(inputs, top(features))
+    randomise(model)
+    images = images_for(model, 8)
+    pixels, backbone = images.astype(np.float32), keras.Model(inputs, features)
+    for layer in inner.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            layer.momentum = 0.0
+    backbone(pixels, training=True)  # takes these pictures' statistics: without, all images give the same features
+    found = np.asarray(backbone(pixels, training=False))
+    kernel = np.random.default_rng(1).normal(size=top.kernel.shape)
+    kernel /= (found @ kernel).std(axis=0)
+    top.set_weights([kernel, -found.mean(axis=0) @ kernel])  # neither uniform nor saturated
+    graph = graph_from_keras(model)
+    apply_passes(graph)
+    wanted = np.asarray(model(images.astype(np.float32), training=False))
+    assert wanted.std(axis=0).min() > 0.1
+    # Untrained and this deep, they magnify every rounding: FP16 moves the answers by 0.1.
+    np.testing.assert_allclose(run_graph(graph, images=images)[0], wanted, rtol=0, atol=5e-4)
+    assert graph.op_counts()["Transpose"] == transposes
+
+
 # --- names
 
 
@@ -407,34 +570,35 @@ def test_a_model_that_does_not_compute_in_float32_is_refused_with_its_cure(polic
 
 
 def two_inputs() -> Any:
-    a, b = keras.Input((8, 8, 3)), keras.Input((8, 8, 3))
-    return keras.Model([a, b], layers.Dense(3)(layers.Flatten()(layers.Add()([a, b]))))
+    a, b = keras.Input((8, 8, 3), name="left"), keras.Input((8, 8, 3), name="right")
+    return keras.Model([a, b], layers.Dense(3, name="top")(layers.Flatten()(layers.Add()([a, b]))))
 
 
 def two_outputs() -> Any:
-    inputs = keras.Input((8, 8, 3))
+    inputs = keras.Input((8, 8, 3), name="photo")
     flat = layers.Flatten()(inputs)
-    return keras.Model(inputs, [layers.Dense(3)(flat), layers.Dense(2)(flat)])
+    return keras.Model(inputs, [layers.Dense(3, name="three")(flat), layers.Dense(2, name="two")(flat)])
 
 
 def of_size(*size: int | None) -> Any:
-    inputs = keras.Input(size)
-    return keras.Model(inputs, layers.Dense(3)(layers.GlobalMaxPooling2D()(layers.Conv2D(2, 1)(inputs))))
+    inputs = keras.Input(size, name="photo")
+    return keras.Model(inputs, layers.Dense(3)(layers.GlobalMaxPooling2D()(layers.Activation("relu")(inputs))))
 
 
 def segmenter() -> Any:
     inputs = keras.Input((8, 8, 3))
-    return keras.Model(inputs, layers.Conv2D(3, 1)(inputs))
+    return keras.Model(inputs, layers.Conv2D(3, 1, name="map")(inputs))
 
 
 def of_features() -> Any:
-    inputs = keras.Input((8,))
+    inputs = keras.Input((8,), name="photo")
     return keras.Model(inputs, layers.Dense(3)(inputs))
 
 
-def one_class() -> Any:
+def with_channels_first() -> Any:
     inputs = keras.Input((8, 8, 3))
-    return keras.Model(inputs, layers.Dense(1, "sigmoid")(layers.Flatten()(inputs)))
+    turned = layers.GlobalMaxPooling2D(data_format="channels_first", name="turned")(layers.Permute((3, 1, 2))(inputs))
+    return keras.Model(inputs, layers.Dense(3)(turned))
 
 
 def unbuilt() -> Any:
@@ -449,15 +613,19 @@ class Subclassed(keras.Model):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (two_inputs, "2 inputs and 1 outputs"),
-        (two_outputs, "1 inputs and 2 outputs"),
-        (lambda: of_size(None, None, 3), r"its input is \(None, None, None, 3\)"),
-        (lambda: of_size(8, None, 3), r"its input is \(None, 8, None, 3\).*of fixed size"),
-        (lambda: of_size(8, 8, 1), r"its input is \(None, 8, 8, 1\)"),
-        (lambda: of_size(8, 8, 4), r"its input is \(None, 8, 8, 4\)"),
-        (of_features, r"its input is \(None, 8\)"),
-        (segmenter, r"its output is \(None, 8, 8, 3\)"),
-        (one_class, r"its output is \(None, 1\); needed is .* at least 2 classes"),
+        (two_inputs, r"2 inputs \(left, right\) and 1 outputs \(top\); export needs one image input"),
+        (two_outputs, r"1 inputs \(photo\) and 2 outputs \(three, two\)"),
+        (lambda: of_size(None, None, 3), r"its input 'photo' is \(None, None, None, 3\), which leaves the size open"),
+        (lambda: of_size(8, None, 1), r"its input 'photo' is \(None, 8, None, 1\).*Input\(\(height, width, 1\)\)"),
+        (lambda: of_size(8, 8, 2), r"its input 'photo' is \(None, 8, 8, 2\), .* have 2 channels.*RGB or grey"),
+        (lambda: of_size(8, 8, 4), r"its input 'photo' is \(None, 8, 8, 4\), .* have 4 channels"),
+        (
+            lambda: of_size(3, 8, 8),
+            r"its input 'photo' is \(None, 3, 8, 8\), channels first; needed is .*, channels last",
+        ),
+        (with_channels_first, r"its layer 'turned' has data_format='channels_first'; needed is 'channels_last'"),
+        (of_features, r"its input 'photo' is \(None, 8\), which is no image"),
+        (segmenter, r"its output, of the layer 'map', is \(None, 8, 8, 3\).*A map of scores is no classification"),
         (unbuilt, "unbuilt: .*no defined inputs"),
         (Subclassed, "subclassed: .*no defined inputs"),
     ],
@@ -470,15 +638,51 @@ def test_a_model_that_is_no_image_classifier_is_refused(make: Callable[[], Any],
         graph_from_keras(model)
 
 
-@pytest.mark.parametrize("activation", [None, "sigmoid", "relu"])
-def test_a_graph_that_does_not_end_in_a_softmax_gives_no_probabilities(
-    activation: str | None, clean: Callable[..., Graph]
+class Strange(layers.Layer):
+    """Computes what TensorFlow has and ONNX does not."""
+
+    def call(self, inputs: Any) -> Any:
+        import tensorflow as tf
+
+        ratio = tf.sigmoid(inputs)
+        return tf.raw_ops.Betainc(a=ratio + 1, b=ratio + 2, x=ratio)
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        return shape
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: small(conv(), Strange(name="strange")), "the layer 'strange' computes TensorFlow's Betainc"),
+        (
+            lambda: small(layers.Reshape((12, 30)), layers.LSTM(3, name="memory")),
+            r"'memory' became an ONNX \w+ with a graph of its own.*unroll=True",
+        ),
+    ],
+)
+def test_a_layer_that_onnx_does_not_have_is_told_by_its_name(
+    make: Callable[[], Any], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = make()
+    with pytest.raises(ConversionError, match=f"(?s){message}"):
+        graph_from_keras(model)
+    shown = "".join(capfd.readouterr())
+    assert "Traceback" not in shown
+    assert "not supported" not in shown
+
+
+def test_attention_and_an_unrolled_lstm_keep_their_numbers(
+    clean: Callable[..., Graph], run_graph: Callable[..., list[np.ndarray]]
 ) -> None:
     inputs = keras.Input((8, 8, 3))
-    scores = layers.Dense(3, activation, name="top")(layers.Flatten()(inputs))
-    with pytest.raises(ModelError, match=r"ends in top.*, not in a softmax"):
-        check_probabilities(clean(keras.Model(inputs, scores)))
-    check_probabilities(clean(keras.Model(inputs, layers.Softmax(name="last")(scores))))
+    rows = layers.Reshape((8, 24))(layers.Rescaling(1 / 128, offset=-1)(inputs))
+    rows = layers.LayerNormalization()(rows + layers.MultiHeadAttention(2, 4, name="mix")(rows, rows))
+    outputs = layers.Dense(3, "softmax", name="top")(layers.LSTM(4, unroll=True, name="memory")(rows))
+    model = keras.Model(inputs, outputs)
+    graph, images = clean(model), images_for(model)
+    wanted = np.asarray(model(images.astype(np.float32), training=False))
+    np.testing.assert_allclose(run_graph(graph, images=images)[0], wanted, rtol=0, atol=1e-5)
 
 
 def test_what_tf2onnx_cannot_convert_is_told_with_its_reason() -> None:

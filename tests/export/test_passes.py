@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,15 @@ from vggedge_export.passes import (
     apply_passes,
     flatten_without_transpose,
     fold_batchnorm,
+    fold_bias,
+    fold_channel_order,
     fold_constants,
+    fold_padding,
     hoist_transposes,
     matmul_to_gemm,
     name_layers,
     raise_opset,
+    rewrite_erfc,
 )
 from vggedge_runtime.errors import ConversionError
 
@@ -358,11 +363,14 @@ def test_other_reductions_are_left_alone(make: Callable[[], Graph]) -> None:
     assert list(graph.nodes[-1].input)[1:] == (["axes"] if b"axes" in before else [])
 
 
-def test_a_reduction_whose_transpose_has_another_reader_is_left_alone() -> None:
+def test_a_reduction_reads_past_a_transpose_that_another_needs(same: Callable[..., int]) -> None:
     graph = reduction()
+    graph.nodes[0] = make_node("Transpose", ["x"], "t", perm=NHWC)
     graph.nodes.append(make_node("Abs", ["t"], "z"))
     graph.outputs.append(value_info("z", np.float32, ["a", "b", "c", "d"]))
-    assert untouched(graph, hoist_transposes.run)
+    assert same(graph, hoist_transposes.run) > 0
+    assert graph.op_counts()["Transpose"] == 1
+    assert next(node for node in graph.nodes if node.op_type == "Relu").input[0] == "x"
 
 
 def test_a_reduction_over_computed_axes_is_left_alone() -> None:
@@ -900,3 +908,229 @@ def test_a_number_that_is_part_of_another_layers_name_is_not_given_twice(same: C
     graph = build(nodes, weights, (CHANNELS, HEIGHT, WIDTH), layer_of={"k": "conv", "other": "conv_2"})
     same(graph, name_layers.run)
     assert [node.name for node in graph.nodes] == ["conv", "conv_2", "conv_2_2"]
+
+
+# --- hoist_transposes across what has two inputs or two readers
+
+
+def test_residual_blocks_lose_all_their_transposes(same: Callable[..., int]) -> None:
+    """Conv, back to NHWC, Add of the block's input, Relu, which the next convolution and the next Add read."""
+    nodes = [make_node("Transpose", ["x"], "x_nchw", perm=NCHW), make_node("Conv", ["x_nchw", "k0"], "c0")]
+    nodes += [make_node("Transpose", ["c0"], "t0", perm=NHWC), make_node("Relu", ["t0"], "r0")]
+    for n in (1, 2):
+        before = f"r{n - 1}"
+        nodes += [
+            make_node("Transpose", [before], f"u{n}", perm=NCHW),
+            make_node("Conv", [f"u{n}", f"k{n}"], f"c{n}"),
+            make_node("Transpose", [f"c{n}"], f"t{n}", perm=NHWC),
+            make_node("Add", [before, f"t{n}"], f"s{n}"),
+            make_node("Relu", [f"s{n}"], f"r{n}"),
+        ]
+    nodes.append(make_node("ReduceMean", ["r2", "axes"], "y", keepdims=0))
+    weights = {"k0": draw(6, CHANNELS, 1, 1), "k1": draw(6, 6, 1, 1), "k2": draw(6, 6, 1, 1), "axes": np.array([1, 2])}
+    graph = build(nodes, weights, outputs=FLAT)
+    assert same(graph, hoist_transposes.run) > 0
+    assert graph.op_counts() == {"Conv": 3, "Relu": 3, "Add": 2, "Transpose": 1, "ReduceMean": 1}
+    assert graph.nodes[0].op_type == "Transpose"
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "options"),
+    [
+        ("Concat", ["a", "b"], {"axis": 3}),
+        ("Concat", ["a", "b"], {"axis": -3}),
+        ("Pad", ["a", "pads"], {}),
+        ("Pad", ["a", "pads", "value"], {}),
+        ("ReduceMean", ["a", "places"], {"keepdims": 1}),
+        ("Mul", ["a", "b"], {}),
+        ("Sub", ["k", "a"], {}),
+    ],
+)
+def test_a_transpose_moves_across(op: str, inputs: list[str], options: dict, same: Callable[..., int]) -> None:
+    nodes = [make_node("Transpose", ["x"], "t", perm=NCHW), make_node("Conv", ["t", "kernel"], "c")]
+    nodes += [make_node("Transpose", ["c"], "a", perm=NHWC)]
+    if "b" in inputs:
+        nodes += [make_node("Abs", ["c"], "d"), make_node("Transpose", ["d"], "b", perm=NHWC)]
+    nodes += [make_node(op, inputs, "f", **options), make_node("Transpose", ["f"], "y", perm=NCHW)]
+    weights = {
+        "kernel": draw(6, CHANNELS, 1, 1),
+        "pads": np.array([0, 1, 2, 3, 0, 4, 0, 0]),
+        "value": np.array(0.5, np.float32),
+        "places": np.array([1, -2]),
+        "k": draw(WIDTH, 6),
+    }
+    graph = build(nodes, weights)
+    graph.drop_unused()
+    assert same(graph, hoist_transposes.run) > 0
+    assert graph.op_counts()["Transpose"] == 1
+    assert graph.nodes[-1].op_type == op
+
+
+def test_reshapes_that_only_move_one_channel_or_one_pixel_go_with_the_transposes(same: Callable[..., int]) -> None:
+    nodes = [
+        make_node("Transpose", ["x"], "t", perm=NCHW),
+        make_node("Conv", ["t", "one"], "c"),
+        make_node("Reshape", ["c", "last"], "l"),  # (N, 1, h, w) -> (N, h, w, 1)
+        make_node("Relu", ["l"], "r"),
+        make_node("Reshape", ["r", "first"], "f"),
+        make_node("Conv", ["f", "more"], "y"),
+    ]
+    weights = {
+        "one": draw(1, CHANNELS, 1, 1),
+        "more": draw(2, 1, 1, 1),
+        "last": np.array([-1, HEIGHT, WIDTH, 1]),
+        "first": np.array([-1, 1, HEIGHT, WIDTH]),
+    }
+    graph = build(nodes, weights)
+    assert same(graph, hoist_transposes.run) > 0
+    assert [node.op_type for node in graph.nodes] == ["Transpose", "Conv", "Relu", "Conv"]
+
+
+# --- fold_channel_order
+
+
+def swap(op: str, order: tuple[int, ...] = (2, 1, 0), axis: int = 3) -> tuple[list[Any], dict[str, np.ndarray]]:
+    """Nodes from ``x`` to ``b``, its channels in another order, as a Gather or as a Concat of slices."""
+    if op == "Gather":
+        return [make_node("Gather", ["x", "order"], "b", axis=axis)], {"order": np.array(order)}
+    weights = {f"at{n}": np.array([n]) for n in range(CHANNELS + 1)} | {"axis": np.array([axis])}
+    slices = [make_node("Slice", ["x", f"at{n}", f"at{n + 1}", "axis"], f"s{i}") for i, n in enumerate(order)]
+    return [*slices, make_node("Concat", [node.output[0] for node in slices], "b", axis=axis)], weights
+
+
+@pytest.mark.parametrize("order", [(2, 1, 0), (1, 2, 0)])
+@pytest.mark.parametrize("op", ["Gather", "Concat"])
+def test_an_order_of_channels_goes_into_the_kernel(op: str, order: tuple[int, ...], same: Callable[..., int]) -> None:
+    nodes, weights = swap(op, order)
+    nodes += [
+        make_node("Sub", ["b", "mean"], "s"),
+        make_node("Mul", ["s", "half"], "m"),
+        make_node("Transpose", ["m"], "t", perm=NCHW),
+        make_node("Add", ["t", "offset"], "o"),
+        make_node("Pad", ["o", "pads"], "p"),
+        make_node("Conv", ["p", "k"], "y"),
+    ]
+    weights |= {"mean": draw(CHANNELS), "half": np.array(0.5, np.float32), "offset": draw(1, CHANNELS, 1, 1)}
+    weights |= {"k": draw(7, CHANNELS, 2, 2), "pads": np.array([0, 0, 1, 2, 0, 0, 0, 1])}
+    graph = build(nodes, weights)
+    assert same(graph, fold_channel_order.run) == 1
+    assert [node.op_type for node in graph.nodes] == ["Sub", "Mul", "Transpose", "Add", "Pad", "Conv"]
+
+
+def order_case(change: str) -> Graph:
+    nodes, weights = swap("Gather")
+    nodes += [make_node("Transpose", ["b"], "t", perm=NCHW), make_node("Conv", ["t", "k"], "y")]
+    weights["k"] = draw(6, CHANNELS, 1, 1)
+    outputs: dict[str, tuple] = {"y": ("N", "a", "b", "c")}
+    if change == "another reader":
+        nodes.append(make_node("Abs", ["b"], "z"))
+        outputs["z"] = ("N", "d", "e", "f")
+    if change == "a depthwise convolution":
+        nodes[-1], weights["k"] = make_node("Conv", ["t", "k"], "y", group=CHANNELS), draw(6, 1, 1, 1)
+    if change == "not all channels":
+        weights["order"], weights["k"] = np.array([1, 0]), draw(6, 2, 1, 1)
+    if change == "one of them twice":
+        weights["order"] = np.array([2, 1, 1])
+    if change == "another axis":
+        nodes[0], weights["order"] = make_node("Gather", ["x", "order"], "b", axis=1), np.array([3, 1, 0, 2])
+    if change == "channels are mixed":
+        nodes[1:1] = [make_node("Softmax", ["b"], "mixed", axis=3)]
+        nodes[2].input[0] = "mixed"
+    if change == "padded channels":
+        nodes[2:2] = [make_node("Pad", ["t", "pads"], "p")]
+        nodes[-1].input[0] = "p"
+        weights["pads"], weights["k"] = np.array([0, 1, 0, 0, 0, 0, 0, 0]), draw(6, CHANNELS + 1, 1, 1)
+    return build(nodes, weights, outputs=outputs)
+
+
+ORDER_CASES = (
+    "another reader", "a depthwise convolution", "not all channels", "one of them twice", "another axis",
+    "channels are mixed", "padded channels",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ORDER_CASES)
+def test_an_order_that_cannot_be_folded_stays(change: str) -> None:
+    assert untouched(order_case(change), fold_channel_order.run)
+
+
+# --- fold_bias
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 1, 1), (6, 1, 1), (1, 1, 1, 1), ()])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("group", [1, 3])
+def test_a_constant_a_channel_becomes_the_bias(
+    shape: tuple[int, ...], bias: bool, group: int, same: Callable[..., int]
+) -> None:
+    weights = {"k": draw(6, CHANNELS // group, 1, 1), "b": draw(6), "c": draw(*shape)}
+    nodes = [make_node("Transpose", ["x"], "t", perm=NCHW)]
+    nodes += [make_node("Conv", ["t", "k", "b"] if bias else ["t", "k"], "conv", group=group)]
+    graph = build([*nodes, make_node("Add", ["c", "conv"], "y")], weights)
+    assert same(graph, fold_bias.run) == 1
+    assert [node.op_type for node in graph.nodes] == ["Transpose", "Conv"]
+    assert graph.weights[graph.nodes[-1].input[2]].shape == (6,)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, HEIGHT, WIDTH), (WIDTH,), (1, 6, HEIGHT, 1), (1, 1, 1, 1, 1)])
+def test_another_constant_stays_an_add(shape: tuple[int, ...]) -> None:
+    nodes = [make_node("Transpose", ["x"], "t", perm=NCHW), make_node("Conv", ["t", "k"], "conv")]
+    nodes.append(make_node("Add", ["conv", "c"], "y"))
+    outputs = {"y": ("N", "a", "b", "c", "d")[: max(4, len(shape))]}
+    graph = build(nodes, {"k": draw(6, CHANNELS, 1, 1), "c": draw(*shape)}, outputs=outputs)
+    assert untouched(graph, fold_bias.run)
+
+
+def test_a_convolution_with_another_reader_keeps_its_bias() -> None:
+    nodes = [make_node("Transpose", ["x"], "t", perm=NCHW), make_node("Conv", ["t", "k"], "conv")]
+    nodes += [make_node("Add", ["conv", "c"], "y"), make_node("Relu", ["conv"], "z")]
+    outputs = {"y": ("N", "a", "b", "c"), "z": ("N", "d", "e", "f")}
+    weights = {"k": draw(6, CHANNELS, 1, 1), "c": draw(1, 6, 1, 1)}
+    assert untouched(build(nodes, weights, outputs=outputs), fold_bias.run)
+
+
+# --- fold_padding
+
+
+@pytest.mark.parametrize("options", [{}, {"pads": [1, 0, 2, 1]}, {"auto_pad": "VALID"}, {"strides": [2, 2]}])
+def test_zeros_around_an_image_become_the_convolutions_padding(options: dict, same: Callable[..., int]) -> None:
+    nodes = [make_node("Transpose", ["x"], "t", perm=NCHW), make_node("Pad", ["t", "pads", "zero"], "p")]
+    nodes.append(make_node("Conv", ["p", "k"], "y", **options))
+    weights = {"k": draw(6, CHANNELS, 3, 2), "pads": np.array([0, 0, 1, 2, 0, 0, 3, 0]), "zero": np.float32([0])}
+    graph = build(nodes, weights)
+    assert same(graph, fold_padding.run) == 1
+    assert [node.op_type for node in graph.nodes] == ["Transpose", "Conv"]
+    own = options.get("pads", [0] * 4)
+    assert attribute(graph.nodes[-1], "pads") == [own[0] + 1, own[1] + 2, own[2] + 3, own[3]]
+
+
+@pytest.mark.parametrize(
+    ("pads", "value", "pad_options", "conv_options"),
+    [
+        ([0, 1, 1, 1, 0, 0, 0, 0], 0.0, {}, {}),  # channels
+        ([0, 0, 1, 1, 0, 0, 0, -1], 0.0, {}, {}),  # cut off
+        ([0, 0, 1, 1, 0, 0, 0, 0], 0.5, {}, {}),
+        ([0, 0, 1, 1, 0, 0, 0, 0], 0.0, {"mode": "reflect"}, {}),
+        ([0, 0, 1, 1, 0, 0, 0, 0], 0.0, {}, {"auto_pad": "SAME_UPPER"}),
+    ],
+)
+def test_other_padding_stays(pads: list[int], value: float, pad_options: dict, conv_options: dict) -> None:
+    nodes = [make_node("Transpose", ["x"], "t", perm=NCHW), make_node("Pad", ["t", "pads", "v"], "p", **pad_options)]
+    nodes.append(make_node("Conv", ["p", "k"], "y", **conv_options))
+    weights = {"k": draw(6, CHANNELS + pads[1], 2, 2), "pads": np.array(pads), "v": np.array(value, np.float32)}
+    assert untouched(build(nodes, weights), fold_padding.run)
+
+
+# --- rewrite_erfc
+
+
+def test_erfc_is_written_with_what_onnx_has(run_graph: Callable[..., list[np.ndarray]]) -> None:
+    values = np.linspace(-5, 5, 60, dtype=np.float32).reshape(1, HEIGHT, WIDTH, CHANNELS)
+    graph = build([make_node("Identity", ["x"], "y")])
+    graph.nodes = [make_node("Erfc", ["x"], "y", "layer/Erfc")]
+    assert rewrite_erfc.run(graph) == 1
+    graph.check()
+    wanted = [math.erfc(value) for value in values.ravel()]
+    np.testing.assert_allclose(run_graph(graph, x=values)[0].ravel(), wanted, rtol=0, atol=3e-7)
+    assert [node.name for node in graph.nodes] == ["layer/Erf", "layer/Erfc"]
+    assert untouched(graph, rewrite_erfc.run)

@@ -42,6 +42,7 @@ pytest.importorskip("onnxruntime")
 
 IMAGE = ImageSpec(height=32, width=32)
 LABELS = ("ant", "bee", "cat", "dog", "Ünïcode 5")
+SETS = ("calibration", "evaluation")
 NAME = "vgg9-compact"
 ENGINE = "tensorrt_rtx" if is_installed("tensorrt_rtx") else "none"
 
@@ -585,12 +586,36 @@ def test_a_pass_that_changes_the_numbers_is_found_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_without_softmax_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
-    inputs = keras.Input((32, 32, 3))
-    logits = keras.Model(inputs, keras.layers.Dense(5, name="top")(keras.layers.Flatten()(inputs)))
-    with pytest.raises(ModelError, match=r"ends in top \(Gemm\), not in a softmax"):
-        export(logits, tmp_path / "b", **settings, config=ExportConfig(engine="none"))
-    assert list(tmp_path.iterdir()) == []
+def test_what_is_added_to_a_model_is_in_the_manifest_and_proved(settings: dict[str, Any], tmp_path: Path) -> None:
+    def made(units: int, activation: str | None) -> Any:
+        inputs = keras.Input((32, 32, 3))
+        outputs = keras.layers.Rescaling(1 / 128, offset=-1)(inputs)
+        outputs = keras.layers.Conv2D(4, 5, strides=4, activation="relu", name="conv")(outputs)
+        outputs = keras.layers.Dense(units, activation, name="top")(keras.layers.Flatten()(outputs))
+        return keras.Model(inputs, outputs)
+
+    config = ExportConfig(engine="none", precisions=("fp32", "int8"))
+    logits = made(5, None)
+    manifest = export(logits, tmp_path / "b", **settings, config=config).manifest
+    assert manifest.adaptations == ("output: softmax added, the model gives logits",)
+    assert manifest.graphs["fp32"].evidence.max_abs_difference < 1e-6
+    with Session.open(tmp_path / "b", precision="fp32") as session:
+        found = session.predict(settings["evaluation"].images)
+    pixels = settings["evaluation"].images.astype(np.float32)
+    np.testing.assert_allclose(found, keras.ops.softmax(logits(pixels)), rtol=0, atol=1e-6)
+
+    pair = made(1, "sigmoid")
+    sets = {name: LabelledImages("two", settings[name].images, settings[name].targets % 2) for name in SETS}
+    manifest = export(pair, tmp_path / "b", image=IMAGE, labels=("no", "yes"), **sets, config=config).manifest
+    assert manifest.adaptations == ("output: one unit became two classes, [1 - p, p], p being the unit's sigmoid",)
+    says_yes = np.asarray(pair(pixels))[:, 0] > 0.5
+    assert manifest.keras_accuracy.count == (says_yes == sets["evaluation"].targets).sum()
+    with pytest.raises(ModelError, match="has 2 classes, and 1 labels came: yes"):
+        export(pair, tmp_path / "b", image=IMAGE, labels=("yes",), **sets, config=config)
+
+    with pytest.raises(ModelError, match="ends in the layer 'top', whose Relu leaves scores"):
+        export(made(5, "relu"), tmp_path / "c", **settings, config=config)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 def test_without_a_layer_to_quantise_int8_is_refused_and_the_rest_is_made(

@@ -236,6 +236,33 @@ def test_one_factor_a_channel_is_no_exact_head() -> None:
     assert exact_input_scale(plain) == {}
 
 
+def test_what_is_no_whole_pixel_any_more_has_no_exact_head() -> None:
+    plain = net()
+    position = next(index for index, node in enumerate(plain.nodes) if node.name == "scaled")
+    plain.nodes.insert(position, make_node("Mul", [plain.nodes[position].input[0], "half"], "halved"))
+    plain.nodes[position + 1].input[0] = "halved"
+    plain.weights["half"] = np.array(0.5, np.float32)
+    plain.check()
+    assert exact_input_scale(plain) == {}
+
+
+def test_a_layer_that_computes_its_kernel_is_left_as_it_is() -> None:
+    plain = net()
+    conv = next(node for node in plain.nodes if node.name == "c2")
+    kernel = conv.input[1]
+    plain.nodes[:0] = [
+        make_node("Cast", ["images"], "float", to=1),
+        make_node("ReduceMean", ["float"], "mean", keepdims=0),
+        make_node("Mul", [kernel, "mean"], "computed"),
+    ]
+    conv.input[1] = "computed"
+    plain.check()
+    assert [layer.name for layer in quantized_layers(plain, INT8)] == ["c1"]
+    graph = quantized_graph(equalized_graph(plain), INT8, ranges(plain))
+    graph.check()
+    assert next(node for node in graph.nodes if node.name == "c2").input[1] == "computed"
+
+
 def test_a_real_model_starts_with_the_exact_head(convert_vgg: Callable[..., Any]) -> None:
     clean = convert_vgg("vgg16-compact").clean
     assert exact_input_scale(clean) == {"head/offset": 1 / 128}

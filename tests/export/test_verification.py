@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -135,7 +136,14 @@ def test_a_graphs_answers_come_batch_by_batch_and_in_order(images: np.ndarray, t
     assert seen == [(32, 70, "proving fp16"), (64, 70, "proving fp16"), (70, 70, "proving fp16")]
 
 
-@pytest.mark.parametrize("normalization", [None, Normalization(mean=(1.0, 20.0, 100.0), std=(2.0, 3.0, 5.0))])
+@pytest.mark.parametrize(
+    "normalization",
+    [
+        None,
+        Normalization(mean=(1.0, 20.0, 100.0), std=(2.0, 3.0, 5.0)),
+        Normalization(mean=(1.0, 20.0, 100.0), std=(2.0, 3.0, 5.0), order="bgr"),
+    ],
+)
 def test_keras_is_asked_at_inference_with_pixels_normalised_as_the_spec_says(
     normalization: Normalization | None, images: np.ndarray
 ) -> None:
@@ -143,6 +151,7 @@ def test_keras_is_asked_at_inference_with_pixels_normalised_as_the_spec_says(
         """Stands for a model: the mean of each channel, and how it was called."""
 
         calls: list[tuple]
+        inputs = (SimpleNamespace(shape=(None, 64, 64, 3)),)
 
         def __init__(self) -> None:
             self.calls = []
@@ -157,6 +166,8 @@ def test_keras_is_asked_at_inference_with_pixels_normalised_as_the_spec_says(
     found = keras_scores(model, normalization, images, progress)
     pixels = images.astype(np.float64)
     wanted = pixels if normalization is None else (pixels - normalization.mean) / normalization.std
-    np.testing.assert_allclose(found, wanted.mean(axis=(1, 2)), rtol=1e-4)
+    wanted = wanted.mean(axis=(1, 2))
+    wanted = wanted[:, ::-1] if normalization is not None and normalization.order == "bgr" else wanted
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
     assert model.calls == [(n, np.float32, False) for n in (32, 32, 6)]
     assert [what for *_, what in told] == ["asking Keras"] * 3

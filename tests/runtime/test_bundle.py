@@ -16,6 +16,7 @@ import pytest
 from vggedge_runtime import bundle as bundles
 from vggedge_runtime.bundle import FORMAT_VERSION, Bundle, check_replaceable, hash_file, write_bundle, write_manifest
 from vggedge_runtime.errors import BundleError
+from vggedge_runtime.preprocess import Normalization
 
 
 def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -479,3 +480,17 @@ class TestLeftovers:
 def test_the_manifest_survives_a_round_trip(tiny_bundle: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
     assert msgspec.json.decode(msgspec.json.encode(manifest), type=type(manifest)) == manifest
+
+
+def test_a_manifest_from_before_adaptations_and_colour_order_has_none_and_rgb(tiny_bundle: Path) -> None:
+    def change(data: dict) -> None:
+        del data["adaptations"]
+        data["image"]["normalization"] = {"mean": [1, 2, 3], "std": [4, 5, 6]}
+
+    edit(tiny_bundle, change)
+    manifest = Bundle.open(tiny_bundle).manifest
+    assert manifest.adaptations == ()
+    assert manifest.image.normalization == Normalization((1, 2, 3), (4, 5, 6), "rgb")
+    # An older vggedge forbids unknown fields there: it reads what it understands and refuses BGR.
+    assert b"order" not in msgspec.json.encode(manifest)
+    assert msgspec.json.encode(Normalization((1, 2, 3), (4, 5, 6), "bgr")).endswith(b'"order":"bgr"}')

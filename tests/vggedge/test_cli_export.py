@@ -10,13 +10,15 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from PIL import Image
 
 from vggedge.architecture import get_spec
 from vggedge.cli import export
 from vggedge.data import open_images
-from vggedge.model import ModelCard, build_vgg, write_model
+from vggedge.model import ModelCard, build_vgg, read_model, write_model
 from vggedge_export.pipeline import ExportResult
 from vggedge_runtime.bundle import Bundle
+from vggedge_runtime.errors import ModelError
 from vggedge_runtime.preprocess import ImageSpec
 from vggedge_runtime.session import Session
 
@@ -140,6 +142,7 @@ class TestOptions:
         monkeypatch.setattr(export, "read_card", lambda path: asked["card"])
         monkeypatch.setattr(export, "read_model", read_model)
         monkeypatch.setattr(export, "normalizing_layer", lambda model: asked["inside"])
+        monkeypatch.setattr(export, "check_exportable", lambda model, normalization: None)
         monkeypatch.setattr(export, "export", run)
         return asked
 
@@ -205,6 +208,18 @@ class TestOptions:
             brightest, abs=1e-4
         )
 
+    def test_caffe_pixels_are_what_keras_applications_make_of_them(
+        self, asked: dict[str, Any], command_line: CommandLine
+    ) -> None:
+        keras = pytest.importorskip("keras")
+        asked["inside"] = None
+        assert self.run(command_line, "--calibration", "fingers:24", "--pixels", "caffe", "--json")[0] == 0
+        found = asked["image"].normalization
+        assert found.order == "bgr"
+        pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 3, 3)).astype(np.float32)
+        wanted = keras.applications.vgg16.preprocess_input(pixels.copy())
+        np.testing.assert_allclose(((pixels - found.mean) / found.std)[..., ::-1], wanted, atol=1e-4)
+
     def test_raw_pixels_are_a_choice(self, asked: dict[str, Any], command_line: CommandLine) -> None:
         asked["inside"] = None
         assert self.run(command_line, "--calibration", "fingers:24", "--pixels", "raw", "--json")[0] == 0
@@ -223,14 +238,12 @@ class TestOptions:
             ({"labels": ("a", "b")}, (), 2, "trained on the classes a, b, the data has 0, 1"),
             ({"labels": FINGERS[::-1]}, (), 2, "trained on the classes 5, 4"),
             ({}, ("--evaluation", "{two}"), 2, "evaluation images have the classes cat, dog"),
-            ({"shape": (None, None, 64, 3)}, (), 2, "fixed height and width"),
-            ({"shape": (None, 784)}, (), 2, "fixed height and width"),
-            ({"inside": None}, (), 2, "Say it with --pixels: raw, 0..1, -1..1, imagenet"),
+            ({"classes": 1}, (), 2, "the model has 2 classes and no labels file, and the data has 6"),
+            ({"inside": None}, (), 2, "Say it with --pixels: raw, 0..1, -1..1, imagenet, caffe"),
             ({}, ("--pixels", "0-1"), 2, "--pixels is '0-1'; known: raw, 0..1"),
             ({"labels": FINGERS}, ("--pixels", "0..1"), 2, "leave --pixels out"),
             ({}, ("--calibration", "nowhere"), 1, "nowhere: no such folder"),
             ({}, ("--calibration", "fingers:6"), 1, "a split into two parts needs at least 2"),
-            ({}, ("--calibration", "keras:mnist"), 2, "cannot be read yet"),
         ],
     )
     def test_what_does_not_fit(
@@ -295,3 +308,47 @@ def test_a_real_export(
     assert "Proof on the rest of fingers:36@0, which training may have seen, 24 images" in shown
     assert {"fp32", "int8", "int8-rtx"} <= set(rows)
     assert f"Bundle: {tiny_bundle}" in shown
+
+
+def test_a_card_for_a_grey_model_of_one_unit_has_two_labels(tmp_path: Path) -> None:
+    keras = pytest.importorskip("keras")
+    inputs = keras.Input((32, 24, 1))
+    model = keras.Model(inputs, keras.layers.Dense(1, "sigmoid")(keras.layers.Flatten()(inputs)))
+    card = ModelCard(labels=("no", "yes"), image=ImageSpec(height=32, width=24))
+    write_model(model, tmp_path / "m.keras", card)
+    assert read_model(tmp_path / "m.keras")[1] == card
+    (tmp_path / "m.labels.txt").write_text("yes\n")
+    with pytest.raises(ModelError, match="1 labels for 1 outputs, which tell 2 classes apart"):
+        read_model(tmp_path / "m.keras")
+    wrong = ModelCard(labels=("no", "yes"), image=ImageSpec(height=24, width=24))
+    with pytest.raises(ModelError, match=r"the model takes \(32, 24, 1\), the image spec gives \(24, 24, 3\)"):
+        write_model(model, tmp_path / "m.keras", wrong)
+
+
+def test_a_model_from_elsewhere(tmp_path: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    """Grey, one sigmoid unit, no labels and no image spec beside it: what is added is said in plain words."""
+    keras = pytest.importorskip("keras")
+    layers = keras.layers
+    for name, seed in (("no", 0), ("yes", 1)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        rng = np.random.default_rng(seed)
+        for number in range(8):
+            pixels = rng.integers(100 * seed, 100 * seed + 100, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{number}.png")
+    inputs = keras.Input((16, 16, 1))
+    outputs = layers.Conv2D(4, 3, activation="relu", name="conv")(layers.Rescaling(1 / 128, offset=-1)(inputs))
+    outputs = layers.Dense(1, "sigmoid", name="top")(layers.Flatten()(outputs))
+    keras.Model(inputs, outputs).save(tmp_path / "grey.keras")
+    options = ["--calibration", tmp_path / "data", "--precision", "fp32,int8", "--no-engine"]
+    code, out, err = command_line("export", tmp_path / "grey.keras", "-o", tmp_path / "b", *options)
+    assert (code, "labels are the data's class names" in err) == (0, True)
+    assert "Adapted: input: grey made of RGB, as Pillow's convert('L') does" in out
+    assert "Adapted: output: one unit became two classes, [1 - p, p], p being the unit's sigmoid." in out
+    with Session.open(tmp_path / "b") as session:
+        assert session.labels == ("no", "yes")
+        assert session.predict(tmp_path / "data/no/0.png").shape == (1, 2)
+
+    keras.Model(inputs, layers.Conv2D(3, 1, name="map")(inputs)).save(tmp_path / "segmenter.keras")
+    code, out, err = command_line("export", tmp_path / "segmenter.keras", "-o", tmp_path / "c", *options)
+    assert (code, out, (tmp_path / "c").exists()) == (1, "", False)
+    assert "of the layer 'map', is (None, 16, 16, 3)" in err

@@ -6,14 +6,16 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import typer
 
+from vggedge.architecture import PIXELS
 from vggedge.cli import output
 from vggedge.data import ImageSet
 from vggedge.data.selection import divide, open_pair
 from vggedge.model import ModelCard, read_card, read_model
-from vggedge_export.conversion import normalizing_layer
+from vggedge_export.conversion import check_exportable, class_count, normalizing_layer
 from vggedge_export.pipeline import ExportConfig, ExportResult, export
 from vggedge_export.verification import LabelledImages
 from vggedge_runtime.bundle import check_replaceable
@@ -28,8 +30,9 @@ _PIXELS: dict[str, Normalization | None] = {
     "raw": None,
     "0..1": Normalization(mean=(0.0, 0.0, 0.0), std=(255.0, 255.0, 255.0)),
     "-1..1": Normalization(mean=(127.5, 127.5, 127.5), std=(127.5, 127.5, 127.5)),
-    # torchvision's figures for ImageNet, times 255
-    "imagenet": Normalization(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)),
+    "imagenet": PIXELS["imagenet"],
+    # preprocess_input of keras.applications' VGG and ResNet turns the channels round, too
+    "caffe": msgspec.structs.replace(PIXELS["caffe"], order="bgr"),
 }
 """--pixels: what is done to pixels from 0 to 255 before the network."""
 
@@ -76,7 +79,7 @@ def command(
         sources = sources or open_pair(calibration, evaluation, spec)
         for each in filter(None, sources):
             output.print_skipped(each.skipped)
-        labels = _labels(card, sources[0].labels, network.outputs[0].shape[-1], json)
+        labels = _labels(card, sources[0].labels, class_count(network), json)
         chosen, held_out = divide(*sources, calibration_images, evaluation_images)
         sets = _load(chosen, "calibration", advance), _load(held_out, "evaluation", advance)
         holder = [network]  # export then has the only reference, and frees the weights when it can
@@ -102,17 +105,15 @@ def _spec_of(network: Any, pixels: str | None) -> ImageSpec:
 
     Guessing would be worse than asking: a model trained on x/255 and fed 0 to 255 answers, wrongly.
     """
-    shape = tuple(network.inputs[0].shape)
-    if len(shape) != 4 or shape[1] is None or shape[2] is None:
-        raise UsageError(f"the model's input is {shape}; export needs images, with a fixed height and width.")
-    inside = normalizing_layer(network)
-    if inside is None and pixels is None:
+    normalization = _PIXELS[pixels] if pixels is not None else None
+    check_exportable(network, normalization)
+    if normalizing_layer(network) is None and pixels is None:
         raise UsageError(
             "the model has no Rescaling or Normalization layer and no image spec beside it, so nothing says what its "
             f"pixels were divided by in training. Say it with --pixels: {', '.join(_PIXELS)}."
         )
-    normalization = _PIXELS[pixels] if pixels is not None else None
-    return ImageSpec(height=shape[1], width=shape[2], normalization=normalization)
+    _, height, width, _ = network.inputs[0].shape
+    return ImageSpec(height=height, width=width, normalization=normalization)
 
 
 def _load(images: ImageSet, what: str, advance: Advance) -> LabelledImages:
@@ -167,6 +168,8 @@ def _print_tables(result: ExportResult) -> None:
     columns = ["graph", "how", "max difference", "agreement", "accuracy [95 %]", "size"]
     output.print_table(f"Proof on {manifest.data['evaluation']}", columns, rows)
     folded = next(step.nodes_after for step in manifest.passes if step.name == "fold_constants")
+    for words in manifest.adaptations:
+        output.print_line(f"Adapted: {words}.")
     output.print_line(
         f"Graph: {folded} nodes once the weights are folded, {sum(fp32.op_counts.values())} after all passes. "
         "Emulated: a twin of the graph that rounds every result to FP16.\n"

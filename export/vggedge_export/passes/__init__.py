@@ -14,11 +14,15 @@ from vggedge_export.passes import (
     affine_to_batchnorm,
     flatten_without_transpose,
     fold_batchnorm,
+    fold_bias,
+    fold_channel_order,
     fold_constants,
+    fold_padding,
     hoist_transposes,
     matmul_to_gemm,
     name_layers,
     raise_opset,
+    rewrite_erfc,
 )
 from vggedge_runtime.bundle import PassRecord
 
@@ -40,16 +44,36 @@ class Pass:
 
 PASSES: tuple[Pass, ...] = (
     Pass(
+        "rewrite_erfc",
+        rewrite_erfc.run,
+        "tf2onnx passes TensorFlow's Erfc on, which ONNX does not have; before anything asks ONNX about its ops",
+    ),
+    Pass(
         "raise_opset",
         raise_opset.run,
-        "FP16 scales of Q/DQ need opset 19; first, so that all others see one opset",
+        "FP16 scales of Q/DQ need opset 19; early, so that all others see one opset",
     ),
     Pass(
         "fold_constants",
         fold_constants.run,
         "weights arrive through Transpose, Reshape and Squeeze; before patterns",
     ),
+    Pass(
+        "fold_channel_order",
+        fold_channel_order.run,
+        "RGB to BGR costs nothing in a kernel's order; it would stop the Transposes on their way up",
+    ),
     Pass("hoist_transposes", hoist_transposes.run, "one layout change, in the head; pairs cancel on the way up"),
+    Pass(
+        "fold_padding",
+        fold_padding.run,
+        "zeros around an image are the convolution's own; needs NCHW, where pads of channels and places are told apart",
+    ),
+    Pass(
+        "fold_bias",
+        fold_bias.run,
+        "an Add a channel behind a convolution is its bias; needs NCHW constants, and BatchNorm then finds the Conv",
+    ),
     Pass(
         "affine_to_batchnorm",
         affine_to_batchnorm.run,

@@ -21,7 +21,9 @@ def run(graph: Graph) -> int:
     changes = 0
     for norm in nodes_of(graph, "BatchNormalization"):
         conv = graph.producer(norm.input[0])
-        if conv is None or conv.op_type != "Conv" or graph.only_consumer(conv.output[0]) is not norm:
+        if conv is None or conv.op_type != "Conv" or graph.only_consumer(conv.output[0]) is None:
+            continue
+        if any(name not in graph.weights for name in (*conv.input[1:], *norm.input[1:])):
             continue
         _fold(graph, conv, norm)
         changes += 1

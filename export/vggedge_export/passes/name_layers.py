@@ -33,13 +33,18 @@ _ROLES_OF_FOLLOWERS = frozenset({"Relu", "Softmax", "Sigmoid", "Tanh", "Clip", "
 def run(graph: Graph) -> int:
     """Rename everything; returns the number of nodes that got a new name."""
     taken: set[str] = set()
+    with_weights = {_owner(graph, node) for node in graph.nodes}
     layer, changes = "head", 0
     for node in graph.nodes:
         owner = _owner(graph, node)
-        layer = owner or _layer_without_weights(node) or layer
-        wanted = layer if owner or node.op_type not in _ROLES_OF_FOLLOWERS else f"{layer}/{_role(node)}"
+        before, layer = layer, owner or _layer_without_weights(node) or layer
+        is_follower = (
+            node.op_type in _ROLES_OF_FOLLOWERS or layer in with_weights or (layer == before and layer in taken)
+        )
+        wanted = layer if owner or not is_follower else f"{layer}/{_role(node)}"
         if layer == "head":
             wanted = f"head/{_HEAD_ROLES.get(node.op_type, node.op_type.lower())}"
+            wanted = node.name if node.name.startswith("head/grey") else wanted
         wanted = _free_name(wanted, taken)
         taken.add(wanted)
         changes += node.name != wanted
