@@ -23,7 +23,7 @@ from vggedge.training.checkpoint import check_checkpoint, checkpoint_path, finge
 from vggedge_runtime.errors import ModelError, UsageError
 from vggedge_runtime.preprocess import scale_image
 
-pytest.importorskip("keras")
+keras = pytest.importorskip("keras")
 
 SPEC = get_spec("vgg9-compact", input=(32, 32, 3), classes=2, dropout=0.4)
 ADAM = TrainConfig(
@@ -238,3 +238,16 @@ def test_the_best_weights_are_kept_only_where_they_are_not_the_last(tmp_path: Pa
     assert sizes[True]
     assert sizes[False]
     assert max(sizes[True]) < 0.85 * min(sizes[False])
+
+
+def test_a_diverged_training_leaves_no_checkpoint(tmp_path: Path) -> None:
+    """Going on from it would diverge again, and with another rate it is refused: it would only be in the way."""
+
+    class Poison(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            self.model.set_weights([weight * np.nan for weight in self.model.get_weights()])
+
+    path = tmp_path / "m.checkpoint.npz"
+    with pytest.raises(ModelError, match="diverged"):
+        train(SPEC, image_set(), SGD, checkpoint=path, callbacks=[Poison()])
+    assert list(tmp_path.iterdir()) == []

@@ -182,3 +182,11 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     result = run("fingers:12", "-o", str(tmp_path / "m.keras"), *SMALL)
     assert result.exit_code != 0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_width_multiplies_the_variants_own(tmp_path: Path) -> None:
+    result = run("fingers:24", "-o", str(tmp_path / "m.keras"), *SMALL, "--width", "0.5", "--json")
+    spec = msgspec.json.decode(result.stdout, type=train.TrainAnswer).history.spec
+    assert (spec.widths, spec.dense) == ((2, 4, 8, 16, 16), (128, 128))
+    with pytest.raises(UsageError, match=r"--width 2\.0: with --transfer the base decides that"):
+        run("fingers:24", "-o", str(tmp_path / "n.keras"), "--transfer", str(tmp_path / "m.keras"), "--width", "2")

@@ -46,7 +46,8 @@ ScaleOption: TypeAlias = Annotated[
     str | None,
     _augmentation(
         metavar="S|SMIN,SMAX|none",
-        help="Resize until the shorter side has S pixels, or drawn so many, and cut the input size out anywhere.",
+        help="Resize until the shorter side has S pixels, or drawn so many, and cut the input size out anywhere. "
+        "Little above the input size where the subject fills the picture.",
     ),
 ]
 ColourShiftOption: TypeAlias = Annotated[
@@ -72,7 +73,12 @@ class TrainAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 def command(
     context: typer.Context,
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder with a sub-folder a class, or fingers:N@SEED.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help="A folder with a sub-folder a class, FILE.h5, fingers:N@SEED or keras:NAME."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="MODEL.keras", help="The file to write.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the same command that was stopped.")] = False,
     json: JsonFlag = False,
@@ -80,6 +86,7 @@ def command(
     size: Annotated[str | None, _network(metavar="HxW", help="Input size in pixels, if another than its own.")] = None,
     normalization: Annotated[str | None, _network(help=f"One of: {', '.join(NORMALIZATIONS)}.")] = None,
     dropout: Annotated[float | None, _network(help="Share from 0 to 1, if another than its own.")] = None,
+    width: Annotated[float | None, _network(help="Multiplies its channels and hidden dense units.")] = None,
     head: Annotated[str | None, _network(help="dense layers, or gap: global average pooling.")] = None,
     transfer: Annotated[Path | None, _start(metavar="BASE.keras", help="Takes its stages; the head is new.")] = None,
     freeze: Annotated[int | None, _start(help="So many of its stages are not trained (default: 5, all).")] = None,
@@ -115,6 +122,7 @@ def command(
         input=None if size is None else parse_input(size),
         normalization=normalization,
         dropout=dropout,
+        width=width,
         head=head,
     )
     config = get_config(recipe, spec.input, **choices)

@@ -159,6 +159,10 @@ class Checkpoint:
         finally:
             partial.unlink(missing_ok=True)
 
+    def discard(self) -> None:
+        """Remove the file, if there is one."""
+        self._path.unlink(missing_ok=True)
+
     def _read_header(self) -> _Header:
         with self._open() as arrays:
             header = msgspec.json.decode(arrays["header"].tobytes(), type=_Header)

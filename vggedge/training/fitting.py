@@ -165,12 +165,13 @@ def monitor_class() -> Any:
             self._started = time.perf_counter()
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-            _check_finite(logs["loss"], self._config, f"epoch {len(self.epochs) + 1}, batch {batch + 1}")
+            where = f"epoch {len(self.epochs) + 1}, batch {batch + 1}"
+            _check_finite(logs["loss"], self._config, where, self._checkpoint)
             steps = len(self._batches)
             self._report(len(self.epochs) * steps + batch + 1, self._config.epochs * steps, "training")
 
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            _check_finite(logs["val_loss"], self._config, f"epoch {epoch + 1}, validation")
+            _check_finite(logs["val_loss"], self._config, f"epoch {epoch + 1}, validation", self._checkpoint)
             figures = EpochFigures(
                 epoch=epoch + 1,
                 **{name: float(logs[name]) for name in ("loss", "accuracy", "val_loss", "val_accuracy")},
@@ -199,10 +200,13 @@ def _last_rate(optimizer: Any) -> float:
     return float(f"{rate:.6g}")  # float32 has no more digits
 
 
-def _check_finite(loss: float, config: TrainConfig, where: str) -> None:
-    if not math.isfinite(loss):
-        rate = config.learning_rate
-        raise ModelError(
-            f"training diverged: the loss is {loss} in {where}. Lower the learning rate (it is {rate:g}; try "
-            f"{rate / 10:g}), or choose a normalization other than none."
-        )
+def _check_finite(loss: float, config: TrainConfig, where: str, checkpoint: Checkpoint | None) -> None:
+    if math.isfinite(loss):
+        return
+    if checkpoint is not None:
+        checkpoint.discard()  # to go on from it would be to diverge again
+    rate = config.learning_rate
+    raise ModelError(
+        f"training diverged: the loss is {loss} in {where}. Lower the learning rate (it is {rate:g}; try "
+        f"{rate / 10:g}), or choose a normalization other than none."
+    )

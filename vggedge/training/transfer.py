@@ -32,7 +32,8 @@ class Start:
         image: how its images were read; None if its file came without a card.
         name: of its file, for messages and the history.
         kind: ``transfer`` takes the five stages and leaves the head fresh; ``initial`` takes every layer that has the
-            same name and shapes, as the VGG paper's section 3.1 grows deep networks from net A.
+            same name and shapes. The VGG paper's section 3.1 grows its deep networks from net A so, but takes only
+            the first four convolutions and the dense layers.
         frozen_stages: how many stages, counted from the images, ``transfer`` does not train. BatchNorm in them uses
             and keeps the statistics that it has.
     """
@@ -86,6 +87,7 @@ def open_network(
     input: tuple[int, int, int] | None = None,
     normalization: str | None = None,
     dropout: float | None = None,
+    width: float | None = None,
     head: str | None = None,
 ) -> tuple[VggSpec, Start | None]:
     """What is trained, and what it begins with; the spec's classes are still those of where it came from.
@@ -98,6 +100,7 @@ def open_network(
         input: (height, width, 3); None is the variant's or the base's, as for what follows.
         normalization: one of NORMALIZATIONS.
         dropout: share from 0 to 1.
+        width: multiplies the variant's widths, see ``get_spec``.
         head: one of HEADS.
 
     Raises:
@@ -109,11 +112,17 @@ def open_network(
         if frozen_stages is not None:
             raise UsageError("freeze counts the stages of a base; name it with --transfer BASE.keras.")
         spec = get_spec(
-            variant or DEFAULT_VARIANT, input=input, normalization=normalization, dropout=dropout, head=head
+            variant or DEFAULT_VARIANT,
+            input=input,
+            normalization=normalization,
+            dropout=dropout,
+            width=1.0 if width is None else width,
+            head=head,
         )
         start = None if initial is None else read_start(initial, "initial")
         return (spec if start is None else msgspec.structs.replace(spec, pixels=start.spec.pixels)), start
-    for name, found in (("model", variant), ("normalization", normalization), ("initial", initial)):
+    excluded = {"model": variant, "normalization": normalization, "width": width, "initial": initial}
+    for name, found in excluded.items():
         if found is not None:
             raise UsageError(f"--{name} {found}: with --transfer the base decides that. Leave one of the two out.")
     _check_head(head)
