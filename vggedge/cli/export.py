@@ -43,7 +43,9 @@ def command(
     bundle: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle; an older bundle is replaced.")],
     evaluation: Annotated[
         str | None,
-        typer.Option(help="DATA to prove the graphs on, best never seen in training. [default: rest of --calibration]"),
+        typer.Option(
+            help="DATA to prove the graphs on, best never seen in training; the rest of --calibration if left out."
+        ),
     ] = None,
     precision: Annotated[str, typer.Option(help="Graphs to make, comma-separated.")] = "fp32,fp16,int8",
     calibration_images: Annotated[int, typer.Option(min=1, help="How many images to calibrate on.")] = 200,
