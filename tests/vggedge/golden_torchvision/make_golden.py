@@ -1,7 +1,7 @@
 """Write the golden files beside this script: tiny VGGs with torchvision's modules, and what torch makes of one image.
 
-Made with torch 2.13.0 (CPU) and safetensors; run it where these are installed: ``python make_golden.py``.
-The modules are numbered as torchvision/models/vgg.py numbers them; widths, units and classes are small, so that the
+Made with torch 2.13.0, torchvision 0.28.0 and safetensors; run it where these are installed: ``python make_golden.py``.
+The networks are torchvision's own VGG class and configurations; widths, units and classes are made small, so that the
 weights fit into the repository. Weights and BatchNorm statistics are random and far from their
 defaults.
 For each network: NAME.safetensors (its state dict) and NAME.npy, (2, classes) float32: logits and probabilities.
@@ -17,42 +17,25 @@ import torch
 from image import build_image
 from safetensors.torch import save
 from torch import nn
+from torchvision.models import vgg
 
 FOLDER = Path(__file__).parent
-WIDTHS = (2, 3, 4, 5, 5)
+NARROW = {64: 2, 128: 3, 256: 4, 512: 5}
 UNITS = 7
 CLASSES = 5
-NETWORKS = {
-    "vgg11": ((1, 1, 2, 2, 2), False),
-    "vgg11_bn": ((1, 1, 2, 2, 2), True),
-    "vgg16": ((2, 2, 3, 3, 3), False),
-}
-"""Convolutions of each stage, and whether a BatchNorm follows each."""
+NETWORKS = {"vgg11": ("A", False), "vgg11_bn": ("A", True), "vgg16": ("D", False)}
+"""torchvision's configuration, and whether a BatchNorm follows each convolution."""
 
 
-def build_network(convolutions: tuple[int, ...], has_norms: bool) -> nn.Module:
-    features: list[nn.Module] = []
-    channels = 3
-    for count, width in zip(convolutions, WIDTHS, strict=True):
-        for _ in range(count):
-            features.append(nn.Conv2d(channels, width, kernel_size=3, padding=1))
-            if has_norms:
-                features.append(nn.BatchNorm2d(width, momentum=1.0))  # the first image's statistics count in full
-            features.append(nn.ReLU(inplace=True))
-            channels = width
-        features.append(nn.MaxPool2d(kernel_size=2, stride=2))
-    network = nn.Module()
-    network.features = nn.Sequential(*features)
-    network.avgpool = nn.AdaptiveAvgPool2d((7, 7))
-    network.classifier = nn.Sequential(
-        nn.Linear(channels * 7 * 7, UNITS),
-        nn.ReLU(inplace=True),
-        nn.Dropout(),
-        nn.Linear(UNITS, UNITS),
-        nn.ReLU(inplace=True),
-        nn.Dropout(),
-        nn.Linear(UNITS, CLASSES),
-    )
+def build_network(configuration: str, has_norms: bool) -> nn.Module:
+    widths = [each if each == "M" else NARROW[each] for each in vgg.cfgs[configuration]]
+    network = vgg.VGG(vgg.make_layers(widths, batch_norm=has_norms), num_classes=CLASSES, init_weights=False)
+    channels = NARROW[512]
+    for place, inputs, outputs in ((0, channels * 7 * 7, UNITS), (3, UNITS, UNITS), (6, UNITS, CLASSES)):
+        network.classifier[place] = nn.Linear(inputs, outputs)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # the first image's statistics count in full
     return network
 
 
@@ -91,15 +74,14 @@ def main() -> None:
     pixels = torch.from_numpy(build_image()).permute(2, 0, 1)[None] / 255
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     images = (pixels - mean[:, None, None]) / deviation[:, None, None]
-    for seed, (name, shape) in enumerate(NETWORKS.items()):
-        network = build_network(*shape)
+    for seed, (name, (configuration, has_norms)) in enumerate(NETWORKS.items()):
+        network = build_network(configuration, has_norms)
         randomise(network, seed)
         with torch.no_grad():
-            if shape[1]:
+            if has_norms:
                 set_statistics(network, images, seed)
             network.eval()
-            maps = network.avgpool(network.features(images))
-            logits = network.classifier(torch.flatten(maps, 1))
+            logits = network(images)
         (FOLDER / f"{name}.safetensors").write_bytes(save(network.state_dict()))
         answers = torch.cat([logits, torch.softmax(logits, dim=1)]).numpy()
         np.save(FOLDER / f"{name}.npy", answers)
