@@ -296,7 +296,8 @@ def _crop_grid(image: Pixels, height: int, width: int, crops: int) -> Iterator[P
     """Crops in ``crops`` rows and columns, from edge to edge; a single one is the centre. Row by row."""
     for top in _offsets(image.shape[0] - height, crops):
         for left in _offsets(image.shape[1] - width, crops):
-            yield image[top : top + height, left : left + width]
+            # A copy: a view would keep the whole scaled image alive for as long as it waits.
+            yield image[top : top + height, left : left + width].copy()
 
 
 def _offsets(room: int, count: int) -> list[int]:

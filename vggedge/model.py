@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
+import numpy as np
 
 from vggedge.architecture import PIXELS, LayerSpec, VggSpec
 from vggedge_runtime.dependencies import require
@@ -32,6 +33,8 @@ Initialization: TypeAlias = Literal["he", "glorot", "paper"]
 SUFFIX = ".keras"
 LABELS_SUFFIX = ".labels.txt"
 IMAGE_SUFFIX = ".image.json"
+HISTORY_SUFFIX = ".history.json"
+CURVES_SUFFIX = ".curves.png"
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,8 +106,8 @@ def build_vgg(spec: VggSpec, seed: int | None = None, initialization: Initializa
     inputs = keras.Input(shape=spec.input, name="images")
     outputs = inputs
     for number, layer in enumerate(spec.layers()):
-        # One seed for all would give equally shaped layers equal weights.
-        own_seed = None if seed is None else seed + number
+        # One seed for all would give equally shaped layers equal weights; seed + number would do so between seeds.
+        own_seed = None if seed is None else int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         outputs = _build_layer(keras, spec, layer, initialization, own_seed)(outputs)
     return keras.Model(inputs, outputs, name=spec.name.replace("-", "_"))
 
@@ -122,7 +125,8 @@ def _build_layer(keras: Any, spec: VggSpec, layer: LayerSpec, initialization: In
     simple = {
         "rescaling": lambda: _build_rescaling(keras, spec, name),
         "average_pool": lambda: layers.GlobalAveragePooling2D(name=name),
-        "batch_norm": lambda: layers.BatchNormalization(name=name),
+        # Keras's 0.99 wants 500 steps before its averages can be trusted; ten epochs of 600 images have 90.
+        "batch_norm": lambda: layers.BatchNormalization(momentum=0.9, name=name),
         "relu": lambda: layers.Activation("relu", name=name),
         "pool": lambda: layers.MaxPooling2D(layer.kernel, name=name),
         "flatten": lambda: layers.Flatten(name=name),
@@ -200,6 +204,7 @@ def write_model(model: keras.Model, path: Path, card: ModelCard) -> list[Path]:
     """Write ``MODEL.keras``, ``MODEL.labels.txt`` and ``MODEL.image.json``; returns the three paths.
 
     Each is complete or not there at all: all three are written to a temporary folder beside, then renamed.
+    The history and curves of a model that was there before go with it.
 
     Raises:
         UsageError: ``path`` is no place for a model (see check_output).
@@ -214,7 +219,10 @@ def write_model(model: keras.Model, path: Path, card: ModelCard) -> list[Path]:
             model.save(written[0])
             written[1].write_bytes("".join(f"{label}\n" for label in card.labels).encode())
             written[2].write_bytes(msgspec.json.format(msgspec.json.encode(card.image), indent=2) + b"\n")
-            return [file.replace(path.parent / file.name) for file in written]
+            placed = [file.replace(path.parent / file.name) for file in written]
+        for suffix in (HISTORY_SUFFIX, CURVES_SUFFIX):
+            path.with_suffix(suffix).unlink(missing_ok=True)
+        return placed
     except OSError as error:
         raise ModelError(f"{path}: cannot be written ({error}). Check space and permissions.") from error
 

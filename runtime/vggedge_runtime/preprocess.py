@@ -83,6 +83,8 @@ class ImageSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         width: columns of the network's input, pixels.
         resize: ``stretch`` ignores the aspect ratio; ``crop`` scales until the image covers the input
             and cuts the centre out.
+        scale: with ``crop``: length of the image's shorter side, pixels, at which the centre is cut out; the common
+            256 of networks with an input of 224. None covers the input just so.
         kernel: resampling kernel; Pillow's, which widens with the scale and so does not alias.
         normalization: what export adds to the graph's head. None where the model normalises itself,
             as every model trained here does; never both.
@@ -91,12 +93,22 @@ class ImageSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     height: int
     width: int
     resize: Literal["stretch", "crop"] = "stretch"
+    scale: int | None = None
     kernel: Kernel = "bilinear"
     normalization: Normalization | None = None
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
             raise UsageError(f"ImageSpec: {self.height}x{self.width} is no image size; both must be at least 1.")
+        if self.scale is not None and self.resize != "crop":
+            raise UsageError(
+                f"ImageSpec: scale {self.scale} with resize {self.resize}; it is used only with resize crop."
+            )
+        if self.scale is not None and self.scale < max(self.height, self.width):
+            raise UsageError(
+                f"ImageSpec: scale {self.scale} is below the input of {self.height}x{self.width}, which could not be "
+                f"cut out; needed is at least {max(self.height, self.width)}."
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -142,6 +154,10 @@ def _decode(source: str | PathLike[str] | bytes) -> Image.Image:
 
 def fit_image(image: Image.Image, spec: ImageSpec) -> Pixels:
     """Resize an upright RGB image to ``spec``; returns (height, width, 3) uint8."""
+    if spec.scale is not None:
+        whole = scale_image(image, spec.scale, spec.kernel)
+        top, left = (whole.shape[0] - spec.height) // 2, (whole.shape[1] - spec.width) // 2
+        return np.ascontiguousarray(whole[top : top + spec.height, left : left + spec.width])
     size = (spec.width, spec.height)
     if image.size != size:
         kernel = _KERNELS[spec.kernel]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -269,6 +270,16 @@ class TestFit:
         tall = np.ascontiguousarray(wide.transpose(1, 0, 2))
         assert (fit_image(Image.fromarray(tall), spec) == 200).all()
 
+    @pytest.mark.parametrize("size", [(60, 40), (40, 60), (40, 40), (400, 300)])
+    def test_crop_at_a_scale_is_the_centre_of_the_scaled_image(self, size: tuple[int, int]) -> None:
+        noise = np.random.default_rng(3).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        image = Image.fromarray(noise)
+        spec = ImageSpec(height=16, width=24, resize="crop", scale=30, kernel="bicubic")
+        whole = scale_image(image, 30, "bicubic")
+        top, left = (whole.shape[0] - 16) // 2, (whole.shape[1] - 24) // 2
+        np.testing.assert_array_equal(fit_image(image, spec), whole[top : top + 16, left : left + 24])
+        assert fit_image(image, spec).flags.c_contiguous
+
     def test_height_and_width_are_not_swapped(self, pattern: np.ndarray) -> None:
         for resize in ("stretch", "crop"):
             spec = ImageSpec(height=4, width=9, resize=resize)  # type: ignore[arg-type]
@@ -388,6 +399,14 @@ class TestSpecs:
     def test_sizes_below_one_are_refused(self, height: int, width: int) -> None:
         with pytest.raises(UsageError, match=f"{height}x{width} is no image size"):
             ImageSpec(height=height, width=width)
+
+    @pytest.mark.parametrize(
+        ("resize", "scale", "message"),
+        [("stretch", 64, "for resize crop only"), ("crop", 63, "at least 64"), ("crop", 0, "at least 64")],
+    )
+    def test_a_scale_that_cannot_be_cut_from_is_refused(self, resize: Any, scale: int, message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            ImageSpec(height=32, width=64, resize=resize, scale=scale)
 
     def test_std_of_zero_is_refused(self) -> None:
         with pytest.raises(UsageError, match="every channel needs a value above 0"):

@@ -64,6 +64,16 @@ def test_a_fixed_scale_that_is_the_networks_size_leaves_the_place_along_the_long
     assert len({int(augmenter.read(epoch, 0)[0, 0, 1]) for epoch in range(10)}) == 1
 
 
+def test_the_kernel_is_the_one_that_images_are_read_with() -> None:
+    """Two colours stay two with the nearest pixel; another kernel would mix them."""
+    checks = np.where(np.indices((64, 64)).sum(axis=0) % 2, 255, 0).astype(np.uint8)
+    image = np.repeat(checks[..., None], 3, axis=2)
+    for kernel, is_mixed in (("nearest", False), ("bilinear", True)):
+        config = AugmentationConfig(scale=(40, 60), kernel=kernel)  # type: ignore[arg-type]
+        found = Augmenter(lambda _: image, config, INPUT, seed=2).read(0, 0)
+        assert (len(np.unique(found)) > 2) == is_mixed
+
+
 def test_half_of_the_images_are_flipped() -> None:
     augmenter = Augmenter(noise, AugmentationConfig(flip=True), INPUT, seed=0)
     flipped = 0

@@ -240,14 +240,17 @@ def test_the_best_weights_are_kept_only_where_they_are_not_the_last(tmp_path: Pa
     assert max(sizes[True]) < 0.85 * min(sizes[False])
 
 
-def test_a_diverged_training_leaves_no_checkpoint(tmp_path: Path) -> None:
-    """Going on from it would diverge again, and with another rate it is refused: it would only be in the way."""
-
+def test_a_diverged_training_keeps_what_it_had(tmp_path: Path) -> None:
     class Poison(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            self.model.set_weights([weight * np.nan for weight in self.model.get_weights()])
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            if epoch == 1:
+                self.model.set_weights([weight * np.nan for weight in self.model.get_weights()])
 
     path = tmp_path / "m.checkpoint.npz"
-    with pytest.raises(ModelError, match="diverged"):
+    with pytest.raises(ModelError, match=r"diverged: .* epoch 2, batch 1.*m\.checkpoint\.npz has the epochs before"):
         train(SPEC, image_set(), SGD, checkpoint=path, callbacks=[Poison()])
-    assert list(tmp_path.iterdir()) == []
+    assert path.exists()
+    path.unlink()
+    wild = msgspec.structs.replace(SGD, learning_rate=1e30)
+    with pytest.raises(ModelError, match=r"diverged: .* epoch 1, .*other than none\.$"):
+        train(SPEC, image_set(), wild, checkpoint=path)

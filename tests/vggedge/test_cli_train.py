@@ -114,7 +114,7 @@ def test_the_paper_recipe_with_changes(tmp_path: Path) -> None:
     )
     _, card = read_model(output)
     assert card is not None
-    assert card.image == ImageSpec(height=32, width=32, resize="crop")
+    assert card.image == ImageSpec(height=32, width=32, resize="crop", scale=37)
     assert "scale 34 to 40, colour shift" in result.stdout
     assert "sgd, rate 0.01, plateau" in result.stdout
     assert "rate 0.01" in result.stderr
@@ -190,3 +190,12 @@ def test_a_width_multiplies_the_variants_own(tmp_path: Path) -> None:
     assert (spec.widths, spec.dense) == ((2, 4, 8, 16, 16), (128, 128))
     with pytest.raises(UsageError, match=r"--width 2\.0: with --transfer the base decides that"):
         run("fingers:24", "-o", str(tmp_path / "n.keras"), "--transfer", str(tmp_path / "m.keras"), "--width", "2")
+
+
+@pytest.mark.parametrize("option", ["--transfer", "--initial"])
+def test_what_it_begins_with_is_not_replaced(option: str, tmp_path: Path) -> None:
+    base = tmp_path / "base.keras"
+    base.write_bytes(b"weeks of work")
+    with pytest.raises(UsageError, match=rf"{option}.*would be replaced"):
+        run("fingers:12", "-o", str(tmp_path / "." / "base.keras"), option, str(base))
+    assert base.read_bytes() == b"weeks of work"

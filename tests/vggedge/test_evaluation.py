@@ -242,6 +242,11 @@ class TestMemory:
     def images(self) -> ImageSet:
         return make_set([index % 3 for index in range(50)])
 
+    def test_a_crop_does_not_hold_the_whole_image(self, images: ImageSet) -> None:
+        protocol = Protocol(scales=(64,), crops=2)
+        for view in protocol.views_of(images, 0, HEIGHT, WIDTH):
+            assert view.base is None
+
     def test_few_images_at_a_time(self, images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
         """24 pixels a view: 5 a call, and 10 views wait at most."""
         monkeypatch.setattr(evaluation, "_BATCH_PIXELS", 5 * HEIGHT * WIDTH)

@@ -95,6 +95,9 @@ def test_set_is_read_at_the_spec_size() -> None:
     assert batch.dtype == np.uint8
     assert images.name == "fingers:3@0"
     native = open_fingers(3, 0, SPEC).read_one(1)
+    # At a scale the hand is drawn so large, as read_scaled has it, and its centre cut out.
+    cut = open_fingers(3, 0, ImageSpec(height=64, width=64, resize="crop", scale=96)).read_one(1)
+    np.testing.assert_array_equal(cut, images.read_scaled(1, 96)[16:80, 16:80])
     np.testing.assert_array_equal(native, np.asarray(draw_hand(0, 1)))
 
 

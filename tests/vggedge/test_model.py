@@ -261,3 +261,33 @@ def test_another_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_label_that_is_no_text_is_refused_before_anything_is_trained() -> None:
     with pytest.raises(ModelError, match=r"another encoding than UTF-8\. Rename the folder"):
         ModelCard(labels=("caf\udce9", "tea"), image=ImageSpec(height=32, width=32))
+
+
+def test_statistics_of_batch_norm_follow_within_a_small_training() -> None:
+    """600 images make 90 steps in ten epochs; Keras's momentum of 0.99 would leave 40 % of the first averages."""
+    model = build_vgg(get_spec("vgg9-compact", input=(32, 32, 3), normalization="every"))
+    norms = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    assert len(norms) == 6
+    assert max(layer.momentum for layer in norms) ** 90 < 1e-3
+
+
+def test_neighbouring_seeds_share_no_kernel() -> None:
+    """Runs over several seeds are compared as if they were independent."""
+    spec = get_spec("vgg16-compact", input=(32, 32, 3))
+    kernels = [
+        layer.kernel.numpy()
+        for seed in (0, 1, 2)
+        for layer in build_vgg(spec, seed).layers
+        if isinstance(layer, (keras.layers.Conv2D, keras.layers.Dense))
+    ]
+    assert len({kernel.tobytes() for kernel in kernels}) == len(kernels) == 48
+
+
+def test_what_described_the_model_before_goes_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    for name in ("m.history.json", "m.curves.png", "other.history.json"):
+        (tmp_path / name).write_text("of the model before")
+    spec = get_spec("vgg9-compact", input=(32, 32, 3), classes=2)
+    write_model(build_vgg(spec), path, ModelCard(labels=("a", "b"), image=ImageSpec(height=32, width=32)))
+    found = sorted(file.name for file in tmp_path.iterdir())
+    assert found == ["m.image.json", "m.keras", "m.labels.txt", "other.history.json"]

@@ -31,7 +31,7 @@ from vggedge.training.checkpoint import check_checkpoint, checkpoint_path
 from vggedge.training.config import RECIPES
 from vggedge.training.curves import write_curves
 from vggedge.training.transfer import DEFAULT_VARIANT
-from vggedge_runtime.errors import MissingDependency
+from vggedge_runtime.errors import MissingDependency, UsageError
 
 NAME = "train"
 
@@ -109,7 +109,7 @@ def command(
     colour_shift: ColourShiftOption = None,
 ) -> None:
     """Train a VGG on images."""
-    check_output(output)
+    _check_kept(check_output(output), transfer=transfer, initial=initial)
     check_checkpoint(checkpoint_path(output), resume=resume)
     choices = {name: context.params[name] for name in TrainConfig.__struct_fields__ if name in context.params}
     choices |= {"scale": scale, "flip": flip, "colour_shift": colour_shift}
@@ -127,6 +127,8 @@ def command(
     )
     config = get_config(recipe, spec.input, **choices)
     image = build_image_spec(spec, start, config)
+    augmentation = msgspec.structs.replace(config.augmentation, kernel=image.kernel)
+    config = msgspec.structs.replace(config, augmentation=augmentation)
     images = open_images(data, image)
     print_skipped(images.skipped)
     spec = msgspec.structs.replace(spec, classes=len(images.labels))
@@ -136,6 +138,12 @@ def command(
         print_json(answer)
     else:
         _print_answer(answer)
+
+
+def _check_kept(output: Path, **bases: Path | None) -> None:
+    for option, base in bases.items():
+        if base is not None and base.resolve() == output.resolve():
+            raise UsageError(f"--{option} {base}: it would be replaced by its own result. Give --output another name.")
 
 
 def _train(

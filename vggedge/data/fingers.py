@@ -27,6 +27,7 @@ LABELS = ("0", "1", "2", "3", "4", "5")
 SEED_LIMIT = 2**32
 """Seeds and image numbers stay below this: NumPy splits larger ones into words, and then two could meet."""
 
+_SIDE = 64  # pixels
 _SUPERSAMPLING = 3
 _Floats: TypeAlias = NDArray[np.float64]
 _Colour: TypeAlias = tuple[int, int, int]
@@ -70,7 +71,7 @@ _HARD = _Level(1, 75.0, 0.10, (0.21, 0.35), 35.0, (2.0, 16.0), any_fingers=True,
 
 
 def open_fingers(count: int, seed: int, spec: ImageSpec, *, hard: bool = False) -> ImageSet:
-    """The first ``count`` drawings of ``seed``, resized from 64x64 to ``spec``.
+    """The first ``count`` drawings of ``seed``, resized from 64x64 to ``spec``, or drawn at its scale.
 
     Raises:
         UsageError: ``count`` is below 1, or ``seed`` is outside 0..2**32-1.
@@ -80,7 +81,7 @@ def open_fingers(count: int, seed: int, spec: ImageSpec, *, hard: bool = False) 
     _check_key(seed, count - 1)
 
     def read_one(index: int) -> Pixels:
-        return fit_image(draw_hand(seed, index, hard=hard), spec)
+        return fit_image(draw_hand(seed, index, hard=hard, size=spec.scale or _SIDE), spec)
 
     def read_scaled(index: int, side: int) -> Pixels:
         # Drawn at that size instead of resized, as a camera nearer to the hand would see it.
@@ -91,7 +92,7 @@ def open_fingers(count: int, seed: int, spec: ImageSpec, *, hard: bool = False) 
     return ImageSet(name=name, labels=LABELS, targets=targets, read_one=read_one, read_scaled=read_scaled)
 
 
-def draw_hand(seed: int, index: int, *, hard: bool = False, size: int = 64) -> Image.Image:
+def draw_hand(seed: int, index: int, *, hard: bool = False, size: int = _SIDE) -> Image.Image:
     """Draw image ``index`` of ``seed``: an RGB picture of a hand that shows ``index % 6`` fingers.
 
     Args:

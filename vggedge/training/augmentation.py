@@ -95,7 +95,7 @@ class Augmenter:
         return image
 
     def _cut(self, generator: np.random.Generator, image: Pixels, low: int, high: int) -> Pixels:
-        scaled = scale_image(Image.fromarray(image), int(generator.integers(low, high + 1)))
+        scaled = scale_image(Image.fromarray(image), int(generator.integers(low, high + 1)), self._config.kernel)
         top, left = (
             int(generator.integers(has - needs + 1))
             for has, needs in zip(scaled.shape[:2], (self._height, self._width), strict=True)

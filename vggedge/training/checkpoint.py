@@ -91,13 +91,14 @@ class Checkpoint:
         run: what is trained.
 
     Attributes:
+        path: of the file.
         epochs: what read_figures found: the epochs that were finished.
         earlier_seconds: what they took.
     """
 
     def __init__(self, path: Path, run: Run) -> None:
         self.epochs: tuple[EpochFigures, ...] = ()
-        self._path, self._run = path, run
+        self.path, self._run = path, run
         self.earlier_seconds = 0.0
         self._started = time.perf_counter()
 
@@ -108,13 +109,13 @@ class Checkpoint:
             UsageError: there is none, or it is of another training; the message names the first difference.
             ModelError: damaged, or of another version.
         """
-        check_checkpoint(self._path, resume=True)
+        check_checkpoint(self.path, resume=True)
         header = self._read_header()
         was, now = (dict(_flatten(msgspec.to_builtins(each))) for each in (header.run, self._run))
         for name in sorted(was.keys() | now.keys()):
             if was.get(name) != now.get(name):
                 raise UsageError(
-                    f"{self._path}: {name} was {was.get(name)}, now it is {now.get(name)}. Resume with what the "
+                    f"{self.path}: {name} was {was.get(name)}, now it is {now.get(name)}. Resume with what the "
                     "training began with, or delete the file to start again."
                 )
         self.epochs = header.epochs
@@ -147,28 +148,24 @@ class Checkpoint:
             arrays |= {f"{part}/{number}": np.asarray(variable) for number, variable in enumerate(variables)}
         if best_epoch(epochs) != len(epochs):  # else they are the weights, and for a VGG-16 half a gigabyte
             arrays |= {f"best/{number}": weight for number, weight in enumerate(best_weights)}
-        partial = self._path.with_name(f".{self._path.name}.partial")  # one name: a killed writing leaves one at most
+        partial = self.path.with_name(f".{self.path.name}.partial")  # one name: a killed writing leaves one at most
         try:
             with partial.open("wb") as file:
                 np.savez(file, **arrays)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(self._path)
+            partial.replace(self.path)
         except OSError as error:
-            raise ModelError(f"{self._path}: cannot be written ({error}). Check space and permissions.") from error
+            raise ModelError(f"{self.path}: cannot be written ({error}). Check space and permissions.") from error
         finally:
             partial.unlink(missing_ok=True)
-
-    def discard(self) -> None:
-        """Remove the file, if there is one."""
-        self._path.unlink(missing_ok=True)
 
     def _read_header(self) -> _Header:
         with self._open() as arrays:
             header = msgspec.json.decode(arrays["header"].tobytes(), type=_Header)
         if header.format_version != _FORMAT_VERSION:
             raise ModelError(
-                f"{self._path}: format {header.format_version}, this vggedge reads {_FORMAT_VERSION}. Resume with the "
+                f"{self.path}: format {header.format_version}, this vggedge reads {_FORMAT_VERSION}. Resume with the "
                 "version that wrote it, or delete the file to start again."
             )
         return header
@@ -176,11 +173,11 @@ class Checkpoint:
     @contextmanager
     def _open(self) -> Iterator[Any]:
         try:
-            with self._path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 yield arrays
         except _DAMAGED as error:
             raise ModelError(
-                f"{self._path}: no checkpoint of this training ({error}). Delete it to start again."
+                f"{self.path}: no checkpoint of this training ({error}). Delete it to start again."
             ) from error
 
 

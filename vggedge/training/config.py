@@ -10,6 +10,7 @@ import msgspec
 
 from vggedge.model import Initialization
 from vggedge_runtime.errors import UsageError
+from vggedge_runtime.preprocess import Kernel
 
 Recipe: TypeAlias = Literal["modern", "paper"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
@@ -26,8 +27,10 @@ class AugmentationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     Attributes:
         scale: least and greatest S, pixels: each time an image is resized, whole and with its aspect ratio, until
             its shorter side is S, drawn evenly from these bounds, and the network's size is cut out of it anywhere
-            (scale jitter; the VGG paper's section 3.1, arXiv 1409.1556). Equal bounds fix S. None leaves the images
-            as they are read.
+            (scale jitter; the VGG paper's section 3.1, arXiv 1409.1556). Equal bounds fix S. Every S is made from the
+            image at the upper bound, so images at smaller S are resized twice and a little softer than a device's.
+            None leaves the images as they are read.
+        kernel: resampling kernel of ``scale``; needed is that of the ImageSpec that the images are read by.
         flip: half of the time left and right are swapped. Not for classes that this changes, as letters.
         colour_shift: adds to all pixels of an image the principal components of the training set's RGB values, each
             times its eigenvalue and a normal number of this deviation: 0.1 in Krizhevsky, Sutskever & Hinton 2012,
@@ -35,6 +38,7 @@ class AugmentationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     """
 
     scale: tuple[int, int] | None = None
+    kernel: Kernel = "bilinear"
     flip: bool = False
     colour_shift: float = 0.0
 

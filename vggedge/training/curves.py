@@ -6,10 +6,9 @@ import io
 from pathlib import Path
 from typing import Any
 
+from vggedge.model import CURVES_SUFFIX
 from vggedge.training.history import History, write_whole
 from vggedge_runtime.dependencies import require
-
-CURVES_SUFFIX = ".curves.png"
 
 _TRAINING, _VALIDATION, _BEST = "#7f8fa6", "#c0392b", "#2c3e50"
 

@@ -203,10 +203,11 @@ def _last_rate(optimizer: Any) -> float:
 def _check_finite(loss: float, config: TrainConfig, where: str, checkpoint: Checkpoint | None) -> None:
     if math.isfinite(loss):
         return
-    if checkpoint is not None:
-        checkpoint.discard()  # to go on from it would be to diverge again
     rate = config.learning_rate
+    kept = ""
+    if checkpoint is not None and checkpoint.path.exists():
+        kept = f" {checkpoint.path} has the epochs before; delete it to train anew."
     raise ModelError(
         f"training diverged: the loss is {loss} in {where}. Lower the learning rate (it is {rate:g}; try "
-        f"{rate / 10:g}), or choose a normalization other than none."
+        f"{rate / 10:g}), or choose a normalization other than none.{kept}"
     )

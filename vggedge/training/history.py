@@ -9,10 +9,9 @@ from typing import Literal
 import msgspec
 
 from vggedge.architecture import VggSpec
+from vggedge.model import HISTORY_SUFFIX
 from vggedge.training.config import TrainConfig
 from vggedge_runtime.errors import ModelError
-
-HISTORY_SUFFIX = ".history.json"
 
 
 class EpochFigures(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,6 +26,7 @@ __all__ = ["ImportConfig", "ImportedModel", "import_weights", "read_checkpoint",
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt")
+_COVER = 256 / 224  # of the shorter side at which ImageNet's networks are shown the centre: 256 pixels at 224
 _SEED = 0  # of the untrained head, so that one import is like the next
 
 
@@ -120,7 +121,8 @@ def import_weights(
     if names is not None and len(names) != spec.classes:
         raise UsageError(f"{source}: {len(names)} labels for {spec.classes} classes. Give one label for each class.")
     labels = names or tuple(map(str, range(spec.classes)))
-    image = ImageSpec(height=spec.input[0], width=spec.input[1], resize="crop")
+    side = max(spec.input[:2])
+    image = ImageSpec(height=spec.input[0], width=spec.input[1], resize="crop", scale=round(side * _COVER))
     return ImportedModel(
         card=ModelCard(labels=labels, image=image),
         model=_build_model(spec, checkpoint, advance),
