@@ -32,7 +32,7 @@ def dense_model(model: keras.Model) -> keras.Model:
     Raises:
         ModelError: ``model`` is none of the family.
     """
-    spec = recognize_spec(model)
+    spec = recognize_spec(model, scores=True)
     keras = import_keras()
     inputs = keras.Input((None, None, 3), name="images")
     outputs = inputs

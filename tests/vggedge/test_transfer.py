@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 from vggedge.architecture import VggSpec, get_spec
 from vggedge.data.base import ImageSet
 from vggedge.model import ModelCard, build_vgg, read_model, write_model
-from vggedge.training import AugmentationConfig, Start, TrainConfig, TrainResult, open_network, train
+from vggedge.training import AugmentationConfig, Start, TrainConfig, TrainResult, open_network, read_start, train
 from vggedge.training.transfer import build_image_spec, build_transfer_spec
 from vggedge_runtime.errors import ModelError, UsageError
 from vggedge_runtime.preprocess import ImageSpec, scale_image
@@ -122,8 +123,19 @@ def test_images_are_read_as_for_the_base(base: Path) -> None:
     spec, start = open_network(transfer=base, input=(48, 40, 3))
     assert build_image_spec(spec, start, CONFIG) == ImageSpec(height=48, width=40, kernel="bicubic")
     jitter = msgspec.structs.replace(CONFIG, augmentation=AugmentationConfig(scale=(64, 80)))
-    assert build_image_spec(spec, start, jitter) == ImageSpec(height=48, width=40, kernel="bicubic", resize="crop")
+    assert build_image_spec(spec, start, jitter) == ImageSpec(
+        height=48, width=40, kernel="bicubic", resize="crop", scale=72
+    )
     assert build_image_spec(spec, None, CONFIG) == ImageSpec(height=48, width=40)
+
+
+def test_a_base_that_is_shown_centres_of_larger_images_hands_that_on(base: Path) -> None:
+    spec, start = open_network(transfer=base, input=(64, 64, 3))
+    assert start is not None
+    wide = replace(start, image=ImageSpec(height=32, width=32, resize="crop", scale=37))  # 256 at 224
+    assert build_image_spec(spec, wide, CONFIG) == ImageSpec(height=64, width=64, resize="crop", scale=74)
+    same = msgspec.structs.replace(spec, input=(32, 32, 3))
+    assert build_image_spec(same, wide, CONFIG).scale == 37
 
 
 def test_a_deeper_network_grows_from_a_shallower_one(base: Path) -> None:
@@ -165,6 +177,37 @@ def test_a_start_that_fits_nowhere_is_refused_before_images_are_read(base: Path)
     with pytest.raises(ModelError, match=r"base\.keras: none of its layers .* widths are \(4, 8, 16, 32, 32\)"):
         train(wide, watched, CONFIG, start=start)
     assert len(read) == 1
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        (
+            {"widths": (4, 8, 16, 32, 64)},
+            r"block5_conv1 has .* \(3, 3, 32, 32\), \(32,\); needed are \(3, 3, 32, 64\), ",
+        ),
+        ({"stages": ((3,), (3,), (3, 3), (3, 3), (3, 3))}, "it has no layer block3_conv2 with weights; needed are "),
+        ({"stages": ((3,), (3,), (3,), (1,), (3, 3))}, r"block4_conv1 has weights of shapes \(3, 3, 16, 32\)"),
+        ({"normalization": "every"}, r"it has no layer block3_bn1 with weights; needed are \(16,\), \(16,\), "),
+    ],
+)
+def test_a_base_that_fits_only_partly_is_refused(base: Path, choices: dict[str, Any], message: str) -> None:
+    start = read_start(base, "transfer", 5)
+    spec = msgspec.structs.replace(BASE, **choices)
+    model = build_vgg(spec, 0)
+    fresh = weights(model)
+    with pytest.raises(ModelError, match=rf"base\.keras: .*{message}"):
+        start.copy_into(model, spec)
+    assert all(np.array_equal(a, b) for name in fresh for a, b in zip(fresh[name], weights(model)[name], strict=True))
+    assert all(layer.trainable for layer in model.layers)
+
+
+def test_growing_freezes_nothing(base: Path, tmp_path: Path) -> None:
+    start = read_start(base, "initial")
+    with pytest.raises(UsageError, match="frozen_stages is 2 and kind initial; only transfer freezes"):
+        replace(start, frozen_stages=2)
+    with pytest.raises(UsageError, match="only transfer freezes"):
+        read_start(tmp_path / "none.keras", "initial", 2)
 
 
 @pytest.mark.parametrize(

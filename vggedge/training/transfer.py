@@ -46,13 +46,14 @@ class Start:
     frozen_stages: int = 0
 
     def __post_init__(self) -> None:
-        _check_frozen_stages(self.frozen_stages)
+        _check_frozen_stages(self.frozen_stages, self.kind)
 
     def copy_into(self, model: keras.Model, spec: VggSpec) -> Origin:
         """Copy weights into ``model``, a fresh network of ``spec``, and freeze its first stages.
 
         Raises:
-            ModelError: the two normalise pixels differently, or no layer agrees.
+            ModelError: the two normalise pixels differently, no layer agrees, or ``transfer`` lacks a layer of the
+                stages; ``model`` is then as it was.
         """
         if spec.pixels != self.spec.pixels:
             raise ModelError(
@@ -60,22 +61,37 @@ class Start:
                 "fit only what they were trained on. Set the new spec's pixels to the same."
             )
         sources = {layer.name: layer for layer in self.model.layers if layer.weights}
-        copied: list[str] = []
-        for layer in model.layers:
-            source = sources.get(layer.name)
-            is_wanted = self.kind == "initial" or layer.name.startswith("block")
-            if is_wanted and source is not None and _shapes(source) == _shapes(layer):
-                layer.set_weights(source.get_weights())
-                copied.append(layer.name)
-        if not copied:
+        targets = [layer for layer in model.layers if layer.weights]
+        if self.kind == "transfer":
+            targets = [layer for layer in targets if layer.name.startswith("block")]
+        fitting = [layer for layer in targets if _shapes(sources.get(layer.name)) == _shapes(layer)]
+        if self.kind == "transfer" and len(fitting) < len(targets):
+            raise self._lacks(next(layer for layer in targets if layer not in fitting), sources)
+        if not fitting:
             raise ModelError(
                 f"{self.name}: none of its layers has the name and shapes of one in {spec.name}; its widths are "
                 f"{self.spec.widths}, needed are {spec.widths}. Start from a network of the same widths."
             )
+        for layer in fitting:
+            layer.set_weights(sources[layer.name].get_weights())
         for layer in model.layers:
             if any(layer.name.startswith(f"block{stage}_") for stage in range(1, self.frozen_stages + 1)):
                 layer.trainable = False
-        return Origin(kind=self.kind, model=self.name, layers=tuple(copied), frozen_stages=self.frozen_stages)
+        copied = tuple(layer.name for layer in fitting)
+        return Origin(kind=self.kind, model=self.name, layers=copied, frozen_stages=self.frozen_stages)
+
+    def _lacks(self, layer: keras.Layer, sources: dict[str, keras.Layer]) -> ModelError:
+        """What is wrong when ``transfer`` has nothing for ``layer``, which would stay random, or even be frozen so."""
+        own = sources.get(layer.name)
+        found = (
+            f"it has no layer {layer.name} with weights"
+            if own is None
+            else f"its layer {layer.name} has weights of shapes {_list_shapes(own)}"
+        )
+        return ModelError(
+            f"{self.name}: {found}; needed are {_list_shapes(layer)}. A transfer takes all five stages: build the new "
+            "spec with build_transfer_spec, or take what fits with kind='initial'."
+        )
 
 
 def open_network(
@@ -134,11 +150,11 @@ def read_start(path: Path, kind: Literal["transfer", "initial"], frozen_stages: 
     """Read a trained network for another one to begin with.
 
     Raises:
-        UsageError: ``frozen_stages`` is not 0 to 5.
+        UsageError: ``frozen_stages`` is not 0 to 5, or not 0 for ``initial``.
         ModelError: the file cannot be read, or is no VGG.
         MissingDependency: TensorFlow or Keras is not installed.
     """
-    _check_frozen_stages(frozen_stages)
+    _check_frozen_stages(frozen_stages, kind)
     model, card = read_model(path)
     image = None if card is None else card.image
     return Start(model, recognize_spec(model), image, path.name, kind, frozen_stages)
@@ -147,12 +163,18 @@ def read_start(path: Path, kind: Literal["transfer", "initial"], frozen_stages: 
 def build_image_spec(spec: VggSpec, start: Start | None, config: TrainConfig) -> ImageSpec:
     """How images become the input of a network of ``spec``: as for ``start``, if that says it.
 
-    Trained on scaled images and parts of them, it is shown images whose aspect ratio is kept, too.
+    Trained at scales S, it is tested at their middle, as in the VGG paper's section 4.1: objects are then as large as
+    in training.
     """
-    image = ImageSpec(height=spec.input[0], width=spec.input[1])
-    if start is not None and start.image is not None:
-        image = msgspec.structs.replace(start.image, height=image.height, width=image.width)
-    return image if config.augmentation.scale is None else msgspec.structs.replace(image, resize="crop")
+    height, width, _ = spec.input
+    scales = config.augmentation.scale
+    if start is None or start.image is None:
+        image = ImageSpec(height=height, width=width)
+    else:
+        base = start.image
+        scale = base.scale and round(base.scale * max(height, width) / max(base.height, base.width))
+        image = msgspec.structs.replace(base, height=height, width=width, scale=scale)
+    return image if scales is None else msgspec.structs.replace(image, resize="crop", scale=sum(scales) // 2)
 
 
 def build_transfer_spec(
@@ -186,10 +208,16 @@ def _check_head(head: str | None) -> None:
         raise UsageError(f"head is {head!r}; known are {', '.join(HEADS)}.")
 
 
-def _check_frozen_stages(count: int) -> None:
+def _check_frozen_stages(count: int, kind: str) -> None:
     if not 0 <= count <= STAGES:
         raise UsageError(f"freeze is {count}; a VGG has {STAGES} stages, so needed is 0 (none) to {STAGES} (all).")
+    if count and kind != "transfer":
+        raise UsageError(f"frozen_stages is {count} and kind {kind}; only transfer freezes. Leave frozen_stages at 0.")
 
 
-def _shapes(layer: keras.Layer) -> list[tuple[int, ...]]:
-    return [tuple(weight.shape) for weight in layer.weights]
+def _shapes(layer: keras.Layer | None) -> list[tuple[int, ...]]:
+    return [] if layer is None else [tuple(weight.shape) for weight in layer.weights]
+
+
+def _list_shapes(layer: keras.Layer) -> str:
+    return ", ".join(map(str, _shapes(layer)))
