@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from vggedge.data.base import ImageSet
 from vggedge.dense import dense_model
 from vggedge_runtime.errors import DataError, ModelError, UsageError
-from vggedge_runtime.preprocess import Normalization, Pixels
+from vggedge_runtime.preprocess import LARGEST_SCALE, Normalization, Pixels
 from vggedge_runtime.progress import Advance, ignore_progress
 from vggedge_runtime.statistics import ClassFigures, Proportion, build_class_figures, build_proportion
 
@@ -55,8 +55,8 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     dense: bool = False
 
     def __post_init__(self) -> None:
-        if any(scale < 1 for scale in self.scales) or len(set(self.scales)) < len(self.scales):
-            raise UsageError(f"scales are {self.scales}; needed are different lengths of at least 1 pixel.")
+        if not all(1 <= scale <= LARGEST_SCALE for scale in self.scales) or len(set(self.scales)) < len(self.scales):
+            raise UsageError(f"scales are {self.scales}; needed are different lengths of 1 to {LARGEST_SCALE} pixels.")
         if self.crops < 1:
             raise UsageError(f"crops is {self.crops}; needed is the side of a grid, at least 1.")
         if self.crops > 1 and self.dense:
@@ -339,8 +339,9 @@ def _check_answers(found: NDArray[np.float32], n: int, classes: int) -> None:
     worst = int(np.abs(sums - 1).argmax())
     if found.min() < 0 or abs(sums[worst] - 1) > SUM_TOLERANCE:
         raise ModelError(
-            f"the network's answers are no probabilities: they go down to {found.min():.3g} and one image's sum to "
-            f"{sums[worst]:.4g}, needed is 1. End the network with a softmax."
+            f"the network's answers are no probabilities: the smallest is {found.min():.3g} and one image's sum is "
+            f"{sums[worst]:.4g}; needed are at least 0 and a sum of 1. Sigmoids and logits are made into probabilities "
+            "by vggedge export: evaluate its bundle."
         )
 
 

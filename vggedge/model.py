@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import sys
 import tempfile
 import warnings
@@ -214,8 +215,8 @@ def write_model(model: keras.Model, path: Path, card: ModelCard) -> list[Path]:
     _check_card(model, card, path)
     names = [path.name, path.with_suffix(LABELS_SUFFIX).name, path.with_suffix(IMAGE_SUFFIX).name]
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
-            written = [Path(folder) / name for name in names]
+        with _staging_folder(path) as folder:
+            written = [folder / name for name in names]
             model.save(written[0])
             written[1].write_bytes("".join(f"{label}\n" for label in card.labels).encode())
             written[2].write_bytes(msgspec.json.format(msgspec.json.encode(card.image), indent=2) + b"\n")
@@ -225,6 +226,18 @@ def write_model(model: keras.Model, path: Path, card: ModelCard) -> list[Path]:
         return placed
     except OSError as error:
         raise ModelError(f"{path}: cannot be written ({error}). Check space and permissions.") from error
+
+
+@contextmanager
+def _staging_folder(path: Path) -> Iterator[Path]:
+    """A folder beside ``path``, removed in the end. Always the same: what a killed writing left goes with the next."""
+    folder = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_model(path: Path) -> tuple[keras.Model, ModelCard | None]:

@@ -26,6 +26,9 @@ Pixels: TypeAlias = NDArray[np.uint8]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 
+LARGEST_SCALE = 8192
+"""Longest shorter side, pixels, to which an image is scaled: 200 MB and more of RGB; more is a slip of the keyboard."""
+
 _SIDECAR_SUFFIXES = frozenset(
     {".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html", ".ini", ".db", ".log"}
 )
@@ -114,6 +117,13 @@ class ImageSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def shape(self) -> tuple[int, int, int]:
         """(height, width, 3)."""
         return (self.height, self.width, 3)
+
+    def describe(self) -> str:
+        """What is done to an image, in words."""
+        size = f"{self.height}x{self.width}"
+        if self.resize == "stretch":
+            return f"stretched to {size}"
+        return f"centre of {size} at {f'a shorter side of {self.scale}' if self.scale else 'the size that covers it'}"
 
 
 def read_image(source: str | PathLike[str] | bytes, spec: ImageSpec) -> Pixels:

@@ -402,11 +402,22 @@ class TestSpecs:
 
     @pytest.mark.parametrize(
         ("resize", "scale", "message"),
-        [("stretch", 64, "for resize crop only"), ("crop", 63, "at least 64"), ("crop", 0, "at least 64")],
+        [("stretch", 64, "only with resize crop"), ("crop", 63, "at least 64"), ("crop", 0, "at least 64")],
     )
     def test_a_scale_that_cannot_be_cut_from_is_refused(self, resize: Any, scale: int, message: str) -> None:
         with pytest.raises(UsageError, match=message):
             ImageSpec(height=32, width=64, resize=resize, scale=scale)
+
+    @pytest.mark.parametrize(
+        ("spec", "words"),
+        [
+            (ImageSpec(height=32, width=64), "stretched to 32x64"),
+            (ImageSpec(height=32, width=64, resize="crop"), "centre of 32x64 at the size that covers it"),
+            (ImageSpec(height=32, width=64, resize="crop", scale=72), "centre of 32x64 at a shorter side of 72"),
+        ],
+    )
+    def test_words(self, spec: ImageSpec, words: str) -> None:
+        assert spec.describe() == words
 
     def test_std_of_zero_is_refused(self) -> None:
         with pytest.raises(UsageError, match="every channel needs a value above 0"):

@@ -276,7 +276,7 @@ class TestForeignModels:
         twice = ImageSpec(height=8, width=8, normalization=Normalization(mean=(0.0,) * 3, std=(255.0,) * 3))
         cases: list[tuple[tuple[int | None, ...], list[Any], ImageSpec | None, int, str]] = [
             ((8, 8, 3), [flat, dense], None, 2, "nothing says what its pixels"),
-            ((8, 8, 3), [flat, dense], spec, 1, "End the network with a softmax"),
+            ((8, 8, 3), [flat, dense], spec, 1, "made into probabilities by vggedge export: evaluate its bundle"),
             ((8, 8, 1), [rescaling, flat, dense], None, 1, "evaluate its bundle"),
             ((8, 8, 3), [rescaling, flat, layers.Dense(1)], None, 1, "at least 2 classes"),
             ((None, None, 3), [rescaling, layers.GlobalAveragePooling2D(), dense], None, 1, "images of any size"),
@@ -318,7 +318,9 @@ def test_many_classes_are_shown_by_the_worst(capsys: pytest.CaptureFixture[str])
         classes=build_class_figures(confusion, labels),
         seconds=1.0,
     )
-    command._print_tables(EvaluateAnswer(model="m.keras", graph=None, backend="keras", result=result))
+    command._print_tables(
+        EvaluateAnswer(model="m.keras", graph=None, backend="keras", image=ImageSpec(height=8, width=8), result=result)
+    )
     rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "top-5 accuracy [95 %] 98.48 % [94.6, 99.6]" in rows
     assert "class04 10 30.00 % 100.00 % 46.15 %" in rows

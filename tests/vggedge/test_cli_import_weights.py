@@ -101,3 +101,16 @@ def test_it_is_a_command(command_line: Any, tmp_path: Path) -> None:
     code, out, err = command_line("import-weights", tmp_path / "vgg.pth", "-o", tmp_path / "m.keras")
     assert (code, out) == (1, "")
     assert "no such file" in err
+
+
+def test_the_source_is_not_replaced(tmp_path: Path) -> None:
+    source = tmp_path / "vgg.keras"
+    source.write_bytes(b"weeks of work")
+    with pytest.raises(UsageError, match="would be replaced by its own import"):
+        run(source, "-o", tmp_path / "." / "vgg.keras")
+    assert source.read_bytes() == b"weeks of work"
+
+
+def test_the_table_says_what_is_done_to_images(tmp_path: Path) -> None:
+    result = run(VGG11, "-o", tmp_path / "vgg.keras")
+    assert rows(result)["images"] == "centre of 224x224 at the size that covers it"

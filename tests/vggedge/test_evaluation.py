@@ -161,7 +161,8 @@ class TestProtocol:
         ("options", "message"),
         [
             ({"scales": (0,)}, "scales are"),
-            ({"scales": (64, -1)}, "at least 1 pixel"),
+            ({"scales": (64, 99_999)}, "different lengths of 1 to 8192 pixels"),
+            ({"scales": (64, -1)}, "different lengths of 1 to 8192 pixels"),
             ({"scales": (64, 64)}, "different lengths"),
             ({"crops": 0, "scales": (64,)}, "crops is 0"),
             ({"crops": 3}, "needs scales to crop from"),
@@ -288,9 +289,9 @@ class TestBadAnswers:
     @pytest.mark.parametrize(
         ("row", "message"),
         [
-            ([2.0, -1.0, 0.0], "go down to -1"),
-            ([0.5, 0.5, 0.01], r"sum to 1\.01, needed is 1"),
-            ([0.2, 0.2, 0.2], r"sum to 0\.6"),
+            ([2.0, -1.0, 0.0], "the smallest is -1"),
+            ([0.5, 0.5, 0.01], r"sum is 1\.01; needed"),
+            ([0.2, 0.2, 0.2], r"sum is 0\.6;"),
             ([0.5, math.nan, 0.5], "NaN"),
             ([math.inf, 0.0, 0.0], "NaN or infinity"),
             ([0.5, 0.5], r"array of \(2, 2\); needed is \(2, 3\)"),

@@ -95,7 +95,6 @@ def test_set_is_read_at_the_spec_size() -> None:
     assert batch.dtype == np.uint8
     assert images.name == "fingers:3@0"
     native = open_fingers(3, 0, SPEC).read_one(1)
-    # At a scale the hand is drawn so large, as read_scaled has it, and its centre cut out.
     cut = open_fingers(3, 0, ImageSpec(height=64, width=64, resize="crop", scale=96)).read_one(1)
     np.testing.assert_array_equal(cut, images.read_scaled(1, 96)[16:80, 16:80])
     np.testing.assert_array_equal(native, np.asarray(draw_hand(0, 1)))
@@ -118,14 +117,12 @@ def test_impossible_counts_indices_and_sizes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("hard", [False, True])
-def test_scaled_images_are_drawn_at_that_size(hard: bool) -> None:
-    images = open_fingers(4, 5, SPEC, hard=hard)
-    for index in range(4):
-        np.testing.assert_array_equal(images.read_scaled(index, 64), images.read_one(index))
-    for side in (32, 96, 128):
-        got = images.read_scaled(3, side)
-        assert (got.shape, got.dtype) == ((side, side, 3), np.uint8)
-        np.testing.assert_array_equal(got, np.asarray(draw_hand(5, 3, hard=hard, size=side)))
+def test_scaled_images_are_the_same_pictures(hard: bool) -> None:
+    for side in (32, 64, 96):
+        images = open_fingers(4, 5, ImageSpec(height=side, width=side), hard=hard)
+        for index in range(4):
+            np.testing.assert_array_equal(images.read_scaled(index, side), images.read_one(index))
+    assert images.read_scaled(3, 40).shape == (40, 40, 3)
 
 
 def test_scaled_images_show_the_same_hand() -> None:

@@ -291,3 +291,12 @@ def test_what_described_the_model_before_goes_with_it(tmp_path: Path) -> None:
     write_model(build_vgg(spec), path, ModelCard(labels=("a", "b"), image=ImageSpec(height=32, width=32)))
     found = sorted(file.name for file in tmp_path.iterdir())
     assert found == ["m.image.json", "m.keras", "m.labels.txt", "other.history.json"]
+
+
+def test_what_a_killed_writing_left_goes_with_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    (tmp_path / ".m.keras.partial").mkdir()
+    (tmp_path / ".m.keras.partial" / "m.keras").write_bytes(b"half a model")
+    spec = get_spec("vgg9-compact", input=(32, 32, 3), classes=2)
+    write_model(build_vgg(spec), path, ModelCard(labels=("a", "b"), image=ImageSpec(height=32, width=32)))
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]

@@ -202,7 +202,7 @@ def test_a_written_import_is_read_and_recognized(tmp_path: Path) -> None:
     model, card = read_model(tmp_path / "m.keras")
     assert card is not None
     assert card.labels == ("a", "b", "c", "d", "e")
-    assert card.image == ImageSpec(height=224, width=224, resize="crop", scale=256)
+    assert card.image == ImageSpec(height=224, width=224, resize="crop")
     assert recognize_spec(model).normalization == "every"
     image = golden_image()
     np.testing.assert_array_equal(model(image), found.model(image))

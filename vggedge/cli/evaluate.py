@@ -38,12 +38,14 @@ class EvaluateAnswer(msgspec.Struct, frozen=True, kw_only=True):
         model: the file or bundle.
         graph: the graph of the bundle that ran; None for a Keras model.
         backend: what ran it; ``keras`` for a Keras model.
+        image: how an image becomes the input, where the protocol names no scales.
         result: the figures.
     """
 
     model: str
     graph: str | None
     backend: str
+    image: ImageSpec
     result: Evaluation
 
 
@@ -87,7 +89,7 @@ def command(
 
 def _parse_scales(text: str | None) -> tuple[int, ...]:
     parts = [] if text is None else [part.strip() for part in text.split(",")]
-    if any(not (part.isascii() and part.isdigit() and len(part) < 6) for part in parts):
+    if any(not (part.isascii() and part.isdigit() and len(part) < 10) for part in parts):
         raise UsageError(f"--scales is {text!r}; needed are lengths in pixels, such as 64 or 64,80,96.")
     return tuple(map(int, parts))
 
@@ -121,7 +123,11 @@ def _evaluate_bundle(
         images = open_data(session.image_spec, session.labels)
         result = evaluate(session.predict, images, protocol, advance)
         return EvaluateAnswer(
-            model=output.format_path(path), graph=session.graph, backend=session.backend, result=result
+            model=output.format_path(path),
+            graph=session.graph,
+            backend=session.backend,
+            image=session.image_spec,
+            result=result,
         )
 
 
@@ -137,9 +143,11 @@ def _evaluate_keras(path: Path, open_data: OpenData, protocol: Protocol, advance
     _check_shapes(network)
     spec = card.image if card else _spec_of(network)
     _check_normalization(network, spec)
+    if protocol.dense and not protocol.scales and spec.scale is not None:
+        protocol = msgspec.structs.replace(protocol, scales=(spec.scale,))
     predict = build_predict(network, dense=protocol.dense, normalization=spec.normalization)
     result = evaluate(predict, open_data(spec, None) if images is None else images, protocol, advance)
-    return EvaluateAnswer(model=output.format_path(path), graph=None, backend="keras", result=result)
+    return EvaluateAnswer(model=output.format_path(path), graph=None, backend="keras", image=spec, result=result)
 
 
 def _check_shapes(network: Any) -> None:
@@ -175,8 +183,9 @@ def _spec_of(network: Any) -> ImageSpec:
     if normalizing_layer(network) is None:
         raise UsageError(
             "the model has no Rescaling or Normalization layer and no image spec beside it, so nothing says what its "
-            "pixels were divided by in training. Write MODEL.labels.txt and MODEL.image.json beside it; the latter "
-            "has a field `normalization`."
+            "pixels were divided by in training. Write two files beside it: MODEL.labels.txt, a class a line, and "
+            f'MODEL.image.json; for pixels from 0 to 1 that is {{"height": {height}, "width": {width}, '
+            '"normalization": {"mean": [0, 0, 0], "std": [255, 255, 255]}}.'
         )
     return ImageSpec(height=height, width=width)
 
@@ -211,7 +220,8 @@ def _print_tables(answer: EvaluateAnswer) -> None:
         ]
         columns = ["true class", "answered", "images", "of its class"]
         output.print_table(f"The {len(confusions)} most frequent confusions", columns, confusions)
-    output.print_line(f"Protocol: {result.description}. {result.seconds:.1f} s.")
+    shown = "" if result.protocol.scales or result.protocol.dense else f" Images: {answer.image.describe()}."
+    output.print_line(f"Protocol: {result.description}.{shown} {result.seconds:.1f} s.")
 
 
 def _print_classes(title: str, classes: Sequence[ClassFigures]) -> None:

@@ -13,6 +13,8 @@ from vggedge.architecture import HEADS, SpecPixels, parse_input
 from vggedge.cli.output import JsonFlag, print_json, print_note, print_table, progress
 from vggedge.model import check_output, write_model
 from vggedge.weights import ImportConfig, ImportedModel, import_weights, read_labels
+from vggedge_runtime.errors import UsageError
+from vggedge_runtime.preprocess import ImageSpec
 
 NAME = "import-weights"
 
@@ -33,6 +35,7 @@ class ImportAnswer(msgspec.Struct, frozen=True, kw_only=True):
         variant: a name that ``vggedge models`` lists.
         normalization: one of vggedge.architecture.NORMALIZATIONS.
         input: (height, width, 3), pixels.
+        image: how images become the input.
         classes: outputs.
         labels: class names in their order.
         parameters: stored numbers.
@@ -48,6 +51,7 @@ class ImportAnswer(msgspec.Struct, frozen=True, kw_only=True):
     variant: str
     normalization: str
     input: tuple[int, int, int]
+    image: ImageSpec
     classes: int
     labels: tuple[str, ...]
     parameters: int
@@ -91,6 +95,8 @@ def command(
 ) -> None:
     """Take over VGG weights from keras.applications or torchvision."""
     check_output(output)
+    if Path(source).resolve() == output.resolve():
+        raise UsageError(f"{source}: it would be replaced by its own import. Give --output another name.")
     config = ImportConfig(
         model=model,
         input=None if size is None else parse_input(size),
@@ -120,6 +126,7 @@ def _build_answer(found: ImportedModel, source: str, files: list[Path]) -> Impor
         variant=found.spec.name,
         normalization=found.spec.normalization,
         input=found.spec.input,
+        image=found.card.image,
         classes=found.spec.classes,
         labels=found.card.labels,
         parameters=analyse(found.spec).parameters,
@@ -143,6 +150,7 @@ def _print_answer(answer: ImportAnswer) -> None:
         ("normalization", answer.normalization),
         ("weights from", answer.format),
         ("input", "x".join(map(str, answer.input))),
+        ("images", answer.image.describe()),
         ("classes", answer.classes),
         ("parameters", f"{answer.parameters:,}"),
         ("pixels", _PIXELS[answer.pixels]),

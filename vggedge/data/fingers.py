@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 from vggedge.data.base import ImageSet
 from vggedge_runtime.errors import UsageError
-from vggedge_runtime.preprocess import ImageSpec, Pixels, fit_image
+from vggedge_runtime.preprocess import ImageSpec, Pixels, fit_image, scale_image
 
 LABELS = ("0", "1", "2", "3", "4", "5")
 SEED_LIMIT = 2**32
@@ -71,7 +71,7 @@ _HARD = _Level(1, 75.0, 0.10, (0.21, 0.35), 35.0, (2.0, 16.0), any_fingers=True,
 
 
 def open_fingers(count: int, seed: int, spec: ImageSpec, *, hard: bool = False) -> ImageSet:
-    """The first ``count`` drawings of ``seed``, resized from 64x64 to ``spec``, or drawn at its scale.
+    """The first ``count`` drawings of ``seed``, resized from 64x64 to ``spec``.
 
     Raises:
         UsageError: ``count`` is below 1, or ``seed`` is outside 0..2**32-1.
@@ -81,11 +81,11 @@ def open_fingers(count: int, seed: int, spec: ImageSpec, *, hard: bool = False) 
     _check_key(seed, count - 1)
 
     def read_one(index: int) -> Pixels:
-        return fit_image(draw_hand(seed, index, hard=hard, size=spec.scale or _SIDE), spec)
+        return fit_image(draw_hand(seed, index, hard=hard), spec)
 
     def read_scaled(index: int, side: int) -> Pixels:
-        # Drawn at that size instead of resized, as a camera nearer to the hand would see it.
-        return np.asarray(draw_hand(seed, index, hard=hard, size=side), dtype=np.uint8)
+        # Not drawn at that size: its noise would be another, and this is to be the same picture.
+        return scale_image(draw_hand(seed, index, hard=hard), side, spec.kernel)
 
     name = f"{'fingers-hard' if hard else 'fingers'}:{count}@{seed}"
     targets = np.arange(count, dtype=np.int64) % len(LABELS)

@@ -95,7 +95,10 @@ def train(
     training, validation = data.split(config.validation_share, config.seed)
     # A start that does not fit is refused before hours of reading; without one TensorFlow is not needed yet.
     model, origin = (None, None) if start is None else _build(spec, config, start, report)
-    kept = _open_checkpoint(checkpoint, Run(spec=spec, config=config, data=fingerprint(data), origin=origin), resume)
+    kept = None
+    if checkpoint is not None:
+        run = Run(spec=spec, config=config, data=fingerprint(data), origin=origin)
+        kept = _open_checkpoint(checkpoint, run, resume)
     shown, judged = _open_images(spec, training, validation, config, report)
     if model is None:
         model, _ = _build(spec, config, None, report)
@@ -127,9 +130,7 @@ def _build(
     return model, None if start is None else start.copy_into(model, spec)
 
 
-def _open_checkpoint(path: Path | None, run: Run, resume: bool) -> Checkpoint | None:
-    if path is None:
-        return None
+def _open_checkpoint(path: Path, run: Run, resume: bool) -> Checkpoint:
     check_checkpoint(path, resume=resume)
     kept = Checkpoint(path, run)
     if resume:

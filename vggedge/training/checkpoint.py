@@ -29,16 +29,28 @@ from vggedge_runtime.errors import ModelError, UsageError
 
 CHECKPOINT_SUFFIX = ".checkpoint.npz"
 _FORMAT_VERSION = 1
+_FINGERPRINTED = 16  # images whose pixels are looked at: finds another size, resize or folder, and costs no time
+_IN_WORDS = {
+    "data.name": "DATA",
+    "data.count": "the number of images",
+    "data.targets_sha256": "the sha256 of the images' classes",
+    "data.pixels_sha256": "the sha256 of the pixels of some images",
+    "origin.model": "the network to begin with",
+    "origin.weights_sha256": "the sha256 of the weights to begin with",
+}
+"""Parts of a Run that have no option of their own name."""
+
 _DAMAGED = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, msgspec.DecodeError)
 
 
 class DataFingerprint(msgspec.Struct, frozen=True, kw_only=True):
-    """Which images a training learns from, without their pixels."""
+    """Which images a training learns from: all their classes, and the pixels of some, as the network is shown them."""
 
     name: str
     labels: tuple[str, ...]
     count: int
     targets_sha256: str
+    pixels_sha256: str
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,9 +90,18 @@ def check_checkpoint(path: Path, *, resume: bool) -> None:
 
 
 def fingerprint(data: ImageSet) -> DataFingerprint:
-    """Name, labels and targets of ``data``; the pixels are not read."""
-    digest = hashlib.sha256(np.ascontiguousarray(data.targets, dtype="<i8").tobytes()).hexdigest()
-    return DataFingerprint(name=data.name, labels=data.labels, count=len(data), targets_sha256=digest)
+    """Name, labels and targets of ``data``, and the pixels of 16 images spread over it."""
+    chosen = np.unique(np.linspace(0, len(data) - 1, min(len(data), _FINGERPRINTED)).round().astype(int))
+    pixels = hashlib.sha256()
+    for index in chosen:
+        pixels.update(data.read_one(int(index)).tobytes())
+    return DataFingerprint(
+        name=data.name,
+        labels=data.labels,
+        count=len(data),
+        targets_sha256=hashlib.sha256(data.targets.astype("<i8").tobytes()).hexdigest(),
+        pixels_sha256=pixels.hexdigest(),
+    )
 
 
 class Checkpoint:
@@ -114,8 +135,9 @@ class Checkpoint:
         was, now = (dict(_flatten(msgspec.to_builtins(each))) for each in (header.run, self._run))
         for name in sorted(was.keys() | now.keys()):
             if was.get(name) != now.get(name):
+                what = _IN_WORDS.get(name, name.rpartition(".")[2].replace("_", "-"))
                 raise UsageError(
-                    f"{self.path}: {name} was {was.get(name)}, now it is {now.get(name)}. Resume with what the "
+                    f"{self.path}: {what} was {was.get(name)}, now it is {now.get(name)}. Resume with what the "
                     "training began with, or delete the file to start again."
                 )
         self.epochs = header.epochs
@@ -176,9 +198,8 @@ class Checkpoint:
             with self.path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 yield arrays
         except _DAMAGED as error:
-            raise ModelError(
-                f"{self.path}: no checkpoint of this training ({error}). Delete it to start again."
-            ) from error
+            # Without NumPy's own text, which advises to load what looks like a pickle unsafely.
+            raise ModelError(f"{self.path}: damaged, or no checkpoint. Delete it to start again.") from error
 
 
 def _variables(learner: Any) -> dict[str, list[Any]]:

@@ -10,7 +10,7 @@ import msgspec
 
 from vggedge.model import Initialization
 from vggedge_runtime.errors import UsageError
-from vggedge_runtime.preprocess import Kernel
+from vggedge_runtime.preprocess import LARGEST_SCALE, Kernel
 
 Recipe: TypeAlias = Literal["modern", "paper"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
@@ -46,7 +46,11 @@ class AugmentationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         low, high = self.scale or (1, 1)
         _check(
             self,
-            ("scale", 1 <= low <= high, "two lengths in pixels, the least first, such as 64,128"),
+            (
+                "scale",
+                1 <= low <= high <= LARGEST_SCALE,
+                f"two lengths of at most {LARGEST_SCALE} pixels, the least first, such as 64,128",
+            ),
             ("colour_shift", 0 <= self.colour_shift < math.inf, "a finite number of at least 0"),
         )
 
@@ -121,6 +125,11 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             ("memory_bytes", self.memory_bytes >= 0, "at least 0"),
         )
 
+    def with_kernel(self, kernel: Kernel) -> TrainConfig:
+        """The same with this resampling kernel for the augmentation's scale."""
+        augmentation = msgspec.structs.replace(self.augmentation, kernel=kernel)
+        return msgspec.structs.replace(self, augmentation=augmentation)
+
 
 def get_config(
     recipe: str,
@@ -177,7 +186,7 @@ def parse_scale(text: str) -> tuple[int, int] | None:
     """
     if text == "none":
         return None
-    match = re.fullmatch(r"([0-9]{1,5})(?:,([0-9]{1,5}))?", text)
+    match = re.fullmatch(r"([0-9]{1,9})(?:,([0-9]{1,9}))?", text)
     if match is None:
         raise UsageError(f"scale is {text!r}; write S or SMIN,SMAX in pixels, such as 72 or 64,128, or none.")
     return int(match[1]), int(match[2] or match[1])

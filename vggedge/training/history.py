@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -36,12 +35,14 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         kind: ``transfer`` or ``initial``, see ``vggedge.training.transfer.Start``.
         model: name of the file.
+        weights_sha256: of the copied weights.
         layers: those whose weights were copied.
         frozen_stages: so many stages, counted from the images, kept them.
     """
 
     kind: Literal["transfer", "initial"]
     model: str
+    weights_sha256: str
     layers: tuple[str, ...]
     frozen_stages: int
 
@@ -96,10 +97,9 @@ def write_whole(path: Path, content: bytes) -> Path:
     Raises:
         ModelError: the disk refused.
     """
+    partial = path.with_name(f".{path.name}.partial")  # one name: a killed writing leaves one at most
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
-            written = Path(folder) / path.name
-            written.write_bytes(content)
-            return written.replace(path)
+        partial.write_bytes(content)
+        return partial.replace(path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be written ({error}). Check space and permissions.") from error

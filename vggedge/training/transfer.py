@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -77,8 +78,17 @@ class Start:
         for layer in model.layers:
             if any(layer.name.startswith(f"block{stage}_") for stage in range(1, self.frozen_stages + 1)):
                 layer.trainable = False
-        copied = tuple(layer.name for layer in fitting)
-        return Origin(kind=self.kind, model=self.name, layers=copied, frozen_stages=self.frozen_stages)
+        digest = hashlib.sha256()
+        for layer in fitting:
+            for weight in layer.get_weights():
+                digest.update(weight.tobytes())
+        return Origin(
+            kind=self.kind,
+            model=self.name,
+            weights_sha256=digest.hexdigest(),
+            layers=tuple(layer.name for layer in fitting),
+            frozen_stages=self.frozen_stages,
+        )
 
     def _lacks(self, layer: keras.Layer, sources: dict[str, keras.Layer]) -> ModelError:
         """What is wrong when ``transfer`` has nothing for ``layer``, which would stay random, or even be frozen so."""
@@ -157,7 +167,13 @@ def read_start(path: Path, kind: Literal["transfer", "initial"], frozen_stages: 
     _check_frozen_stages(frozen_stages, kind)
     model, card = read_model(path)
     image = None if card is None else card.image
-    return Start(model, recognize_spec(model), image, path.name, kind, frozen_stages)
+    try:
+        spec = recognize_spec(model)
+    except ModelError as error:
+        raise ModelError(
+            f"{path}: {error} If it is from keras.applications, vggedge import-weights makes such a model of it."
+        ) from error
+    return Start(model, spec, image, path.name, kind, frozen_stages)
 
 
 def build_image_spec(spec: VggSpec, start: Start | None, config: TrainConfig) -> ImageSpec:

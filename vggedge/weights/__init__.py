@@ -26,7 +26,7 @@ __all__ = ["ImportConfig", "ImportedModel", "import_weights", "read_checkpoint",
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt")
-_COVER = 256 / 224  # of the shorter side at which ImageNet's networks are shown the centre: 256 pixels at 224
+_IMAGENET_CLASSES = 1000
 _SEED = 0  # of the untrained head, so that one import is like the next
 
 
@@ -121,8 +121,9 @@ def import_weights(
     if names is not None and len(names) != spec.classes:
         raise UsageError(f"{source}: {len(names)} labels for {spec.classes} classes. Give one label for each class.")
     labels = names or tuple(map(str, range(spec.classes)))
-    side = max(spec.input[:2])
-    image = ImageSpec(height=spec.input[0], width=spec.input[1], resize="crop", scale=round(side * _COVER))
+    # ImageNet's networks are shown the centre of images of 256 pixels; of others nothing is known.
+    scale = 256 if (spec.input[:2], spec.classes) == ((224, 224), _IMAGENET_CLASSES) else None
+    image = ImageSpec(height=spec.input[0], width=spec.input[1], resize="crop", scale=scale)
     return ImportedModel(
         card=ModelCard(labels=labels, image=image),
         model=_build_model(spec, checkpoint, advance),
@@ -173,7 +174,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
         UsageError: missing, empty, not UTF-8, or with a name twice.
     """
     try:
-        labels = tuple(path.read_text("utf-8-sig").splitlines())
+        labels = tuple(path.read_text("utf-8-sig").rstrip().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{path}: cannot be read as labels ({error}). Needed is UTF-8 text, a class a line."

@@ -214,11 +214,19 @@ def _check_config(text: str | bytes, source: Path | str, top: bool) -> tuple[int
             want = f"{_CLASSES[layer.kind]} {layer.name!r}" if layer else "nothing more"
             raise ModelError(
                 f"{source}: it has {have} where a VGG has {want}. Needed is the model of {SOURCES} "
-                "alone, without layers before it; if only the head is another, add --no-top."
+                f"alone, without layers before it. {_advise(layers, layer)}"
             )
         _check_settings(layer, each[1], source)
     shape = next((config.get("batch_shape") or config.get("batch_input_shape") for config in inputs), None)
     return (int(shape[1]), int(shape[2])) if shape and shape[1] and shape[2] else None
+
+
+def _advise(layers: list[tuple[str, dict[str, Any]]], wanted: LayerSpec | None) -> str:
+    nested = next((config["name"] for kind, config in layers if kind in ("Functional", "Sequential", "Model")), None)
+    if nested is not None:
+        return f"A VGG inside another model is taken out with model.get_layer({nested!r}).save('inner.keras')."
+    is_head = wanted is None or not wanted.stage
+    return "If only the head is another, add --no-top." if is_head else "Only such a model can be imported."
 
 
 def _nearest_variant(names: list[str], has_top: bool) -> list[LayerSpec]:
