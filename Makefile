@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
+CLAIMS := parameters_and_time local_response_normalization one_by_one depth multi_scale vanishing_gradients
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check format clean
+.PHONY: help demo test test-fast check format claims clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +29,10 @@ check: $(READY) ## style, types and import rules: ruff, mypy --strict, import-li
 format: $(READY) ## let ruff put imports and layout right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+claims: $(READY) ## study what the VGG papers claim, anew (half an hour to an hour on two cores); results in benchmarks/claims/
+	@for study in $(CLAIMS); do echo "$$study ..."; $(BIN)/python benchmarks/claims/$$study.py || exit 1; done
+	$(BIN)/python benchmarks/claims/summary.py
 
 clean: ## remove .venv, demo/ and caches
 	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

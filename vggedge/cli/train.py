@@ -42,6 +42,10 @@ _augmentation = partial(
     typer.Option, rich_help_panel="Augmentation of training images (what is not given is the recipe's)"
 )
 
+DataArgument: TypeAlias = Annotated[
+    str,
+    typer.Argument(metavar="DATA", help="A folder with a sub-folder a class, FILE.h5, fingers:N@SEED or keras:NAME."),
+]
 ScaleOption: TypeAlias = Annotated[
     str | None,
     _augmentation(
@@ -73,12 +77,7 @@ class TrainAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 def command(
     context: typer.Context,
-    data: Annotated[
-        str,
-        typer.Argument(
-            metavar="DATA", help="A folder with a sub-folder a class, FILE.h5, fingers:N@SEED or keras:NAME."
-        ),
-    ],
+    data: DataArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="MODEL.keras", help="The file to write.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the same command that was stopped.")] = False,
     json: JsonFlag = False,
