@@ -24,9 +24,10 @@ SHAPE_OPS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"
 _KERNELS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _LINEAR = SHAPE_OPS | {
     "Add", "Sub", "Sum", "Mean", "Concat", "BatchNormalization", "ReduceMean", "ReduceSum", "AveragePool",
-    "GlobalAveragePool",
+    "GlobalAveragePool", "ReduceMax", "GlobalMaxPool", "Gather", "Slice",
 }  # fmt: skip
-"""What makes logits of logits."""
+"""What makes logits of logits, or chooses among them."""
+_CHOICES = frozenset({"Max", "Min"})  # of several; with a constant it is a relu
 _LINEAR_WITH_CONSTANT = frozenset({"Mul", "Div"})  # a temperature; a product of two activations is none
 
 _SUM_TOLERANCE = 1e-3  # a float32 softmax over thousands of classes sums to 1 within 1e-5
@@ -81,9 +82,9 @@ def complete_graph(graph: Graph, scores: NDArray[np.float32]) -> Completion:
     layer = "head" if last is None else _layer(last)
     if last is not None and completion.scores != "logits":
         graph.remove(last)  # the sigmoid or log-softmax: what follows goes from the logits again
-    graph.rename_tensor(OUTPUT, f"{layer}/logits")
+    tensor = graph.free_name(f"{layer}/logits")
+    graph.rename_tensor(OUTPUT, tensor)
     graph.outputs = [value_info(OUTPUT, np.float32, ["N", max(2, completion.units)])]
-    tensor = f"{layer}/logits"
     steps = []
     if completion.units == 1:  # softmax([0, z]) is [1 - sigmoid(z), sigmoid(z)], and keeps the digits of both
         graph.weights[f"{layer}/pair_of_classes"] = np.array([[0, 1]], np.float32)
@@ -91,11 +92,11 @@ def complete_graph(graph: Graph, scores: NDArray[np.float32]) -> Completion:
     elif completion.scores == "sigmoid":  # p / sum(p) is the softmax of log p, and log p is -softplus(-z)
         steps = ["Neg", "Softplus", "Neg"]
     for number, op in enumerate(steps):
-        result = f"{layer}/{op.lower()}" if number < 2 else f"{layer}/log_sigmoid"
+        result = graph.free_name(f"{layer}/{op.lower()}" if number < 2 else f"{layer}/log_sigmoid")
         inputs = [tensor, f"{layer}/pair_of_classes"] if op == "Mul" else [tensor]
         graph.nodes.append(make_node(op, inputs, result))
         tensor = result
-    graph.nodes.append(make_node("Softmax", [tensor], OUTPUT, f"{layer}/softmax", axis=-1))
+    graph.nodes.append(make_node("Softmax", [tensor], OUTPUT, graph.free_name(f"{layer}/softmax"), axis=-1))
     return completion
 
 
@@ -151,12 +152,13 @@ def _find_scores(
                 "to 1 on the evaluation images. Apply it to (None, classes), last in the model."
             )
         return "softmax"
-    if units > 1 and finite and _are_probabilities(scores):
-        return "probabilities"
+    # What the graph says goes before what the images show: sure sigmoids look like probabilities on easy images.
     if op == "Sigmoid":
         return "sigmoid"
     if op == "LogSoftmax":
         return "log-softmax"
+    if units > 1 and finite and _are_probabilities(scores):
+        return "probabilities"
     culprit = _first_nonlinear(graph, OUTPUT)
     if culprit is not None:
         raise ModelError(
@@ -185,7 +187,9 @@ def _first_nonlinear(graph: Graph, tensor: str) -> onnx.NodeProto | None:
     if node is None or node.op_type in _KERNELS:
         return None
     moving = [name for name in node.input if name and name not in graph.weights]
-    if node.op_type not in _LINEAR and not (node.op_type in _LINEAR_WITH_CONSTANT and len(moving) == 1):
+    is_scaled = node.op_type in _LINEAR_WITH_CONSTANT and len(moving) == 1
+    is_choice = node.op_type in _CHOICES and len(moving) == len(node.input)
+    if not (node.op_type in _LINEAR or is_scaled or is_choice):
         return node
     return next((found for name in moving if (found := _first_nonlinear(graph, name)) is not None), None)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vggedge_export.graph import INPUT, OUTPUT, Graph, graph_from_model, value_info
+from vggedge_export.graph import INPUT, OUTPUT, Graph, attribute, graph_from_model, value_info
 from vggedge_export.grey import insert_grey
 from vggedge_export.passes.rewrite_erfc import REWRITTEN
 from vggedge_runtime.dependencies import require
@@ -26,6 +26,9 @@ from vggedge_runtime.preprocess import Normalization
 
 if TYPE_CHECKING:
     import keras
+
+_ARITHMETIC = frozenset({"Add", "Subtract", "Multiply", "Divide", "TrueDivide"})
+"""Classes of keras.ops that normalise pixels."""
 
 _TF2ONNX_OPSET = 18  # the newest tf2onnx 1.17 writes; the first pass raises it
 
@@ -66,7 +69,7 @@ def graph_from_keras(model: keras.Model, normalization: Normalization | None = N
             if normalization.order == "bgr":
                 pixels = tf.gather(pixels, [2, 1, 0], axis=-1)
         outputs, _ = model.stateless_call(list(weights[:split]), list(weights[split:]), pixels, training=False)
-        return tf.identity(outputs, name=OUTPUT)
+        return tf.identity(only_output(outputs), name=OUTPUT)
 
     was_eager = tf.config.functions_run_eagerly()
     try:
@@ -93,6 +96,11 @@ def graph_from_keras(model: keras.Model, normalization: Normalization | None = N
     if model.inputs[0].shape[-1] == 1:
         insert_grey(graph)
     return graph
+
+
+def only_output(outputs: Any) -> Any:
+    """The one tensor that a model gives, which may be named: ``{"scores": tensor}``."""
+    return require("keras", "train").tree.flatten(outputs)[0]
 
 
 def class_count(model: keras.Model) -> int:
@@ -148,6 +156,8 @@ def _check_input(model: keras.Model) -> None:
         reason = f"channels first; {needed}, channels last. Build the model with data_format='channels_last'"
     elif size[3] not in (1, 3):
         reason = f"and pixels have {size[3]} channels there; {needed}: RGB or grey"
+    elif size[0] is not None:
+        reason = f"which fixes the batch to {size[0]}; {needed}. Build it with keras.Input({size[1:]})"
     elif None in size[1:]:
         reason = (
             f"which leaves the size open; {needed} of fixed size. Build it with keras.Input((height, width, {size[3]}))"
@@ -199,6 +209,11 @@ def _check_operations(graph: Graph) -> None:
                 "the edge run badly and vggedge does not follow. Build a recurrent layer with unroll=True, or "
                 "replace it."
             )
+        if any(pad < 0 for pad in attribute(node, "pads", [])):
+            raise ConversionError(
+                f"the layer {layer!r} became a {node.op_type} with negative padding, which ONNX does not have: tf2onnx "
+                "cannot write its output_padding. Build it without, and crop or pad behind it."
+            )
         if node.op_type not in REWRITTEN and not onnx.defs.has(node.op_type):
             raise ConversionError(
                 f"the layer {layer!r} computes TensorFlow's {node.op_type}, which ONNX does not have. Replace the "
@@ -207,17 +222,31 @@ def _check_operations(graph: Graph) -> None:
 
 
 def normalizing_layer(model: keras.Model) -> str | None:
-    """Name of the first Rescaling or Normalization layer before any convolution or dense layer, else None.
+    """Name of what first normalises pixels before any convolution or dense layer, else None.
 
-    Nested models are looked through. Behind the first kernel such a layer works on features, not on the image.
+    That is a Rescaling or Normalization layer, or arithmetic written as operations, as preprocess_input of
+    keras.applications leaves it in a model. Nested models are looked through. Behind the first kernel they work on
+    features, not on the image.
     """
     keras_layers = require("keras", "train").layers
-    for layer in _layers_within(model):
-        if isinstance(layer, (keras_layers.Rescaling, keras_layers.Normalization)):
+    for layer in _operations_within(model):
+        is_layer = isinstance(layer, (keras_layers.Rescaling, keras_layers.Normalization))
+        if is_layer or (not hasattr(layer, "weights") and type(layer).__name__ in _ARITHMETIC):
             return str(layer.name)
+        if not hasattr(layer, "weights"):
+            continue
         if any("kernel" in weight.name for weight in layer.weights):
             return None
     return None
+
+
+def _operations_within(model: Any) -> Iterator[Any]:
+    """Layers of ``model`` as _layers_within has them, and the operations of keras.ops between them, in order."""
+    for operation in getattr(model, "operations", None) or model.layers:
+        if hasattr(operation, "layers"):
+            yield from _operations_within(operation)
+        else:
+            yield operation
 
 
 def _layers_within(model: Any) -> Iterator[Any]:

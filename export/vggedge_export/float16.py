@@ -10,11 +10,12 @@ from vggedge_runtime.dependencies import require
 from vggedge_runtime.errors import ConversionError
 
 _LARGEST = float(np.finfo(np.float16).max)  # 65504
+_WITH_WEIGHTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization"})
 _LOG_SIGMOID = frozenset({"Neg", "Softplus"})  # completion.py; exp(12) alone leaves FP16's range
 
 
 def float16_graph(graph: Graph) -> Graph:
-    """Cast an FP32 graph to FP16: weights and activations; the softmax stays in FP32.
+    """Cast an FP32 graph to FP16: weights and activations; a softmax at the end stays in FP32.
 
     The uint8 input is cast straight to FP16, which holds every value from 0 to 255 exactly. The output stays
     float32: the exponentials of a softmax leave FP16's range from logits of 11 on.
@@ -24,8 +25,9 @@ def float16_graph(graph: Graph) -> Graph:
     """
     onnx = require("onnx", "export")
     twin = graph.copy()
+    kept = {name for node in nodes_of(twin, "Resize") for name in node.input[1:3]}  # which ONNX wants in FP32
     for name, array in twin.weights.items():
-        twin.weights[name] = _float16_weight(name, array)
+        twin.weights[name] = array if name in kept else _float16_weight(twin, name, array)
     for cast in nodes_of(twin, "Cast"):
         if attribute(cast, "to") == onnx.TensorProto.FLOAT:
             _set_cast_type(cast, onnx.TensorProto.FLOAT16)
@@ -52,24 +54,26 @@ def rounding_twin(graph: Graph) -> Graph:
         rounded.append(node)
         if node.op_type == "Cast" and attribute(node, "to") == onnx.TensorProto.FLOAT16:
             _set_cast_type(node, onnx.TensorProto.FLOAT)
-        result = node.output[0]
-        if result in half:
+        for place, result in enumerate(node.output):
+            if result not in half:
+                continue
             exact, narrow = f"{result}/exact", f"{result}/fp16"
-            node.output[0] = exact
+            node.output[place] = exact
             rounded.append(make_node("Cast", [exact], narrow, to=onnx.TensorProto.FLOAT16))
             rounded.append(make_node("Cast", [narrow], result, f"{result}/fp32", to=onnx.TensorProto.FLOAT))
     twin.nodes = rounded
     return twin
 
 
-def _float16_weight(name: str, array: Weight) -> Weight:
+def _float16_weight(graph: Graph, name: str, array: Weight) -> Weight:
     if array.dtype != np.float32:
         return array
     largest = max(float(array.max(initial=0.0)), -float(array.min(initial=0.0)))  # no copy, as abs() would be
     if not largest <= _LARGEST:  # NaN too
+        is_weight = any(node.op_type in _WITH_WEIGHTS for node in graph.consumers(name))
+        what, cure = ("weight", ", or retrain with weight decay") if is_weight else ("constant", "")
         raise ConversionError(
-            f"{name}: a weight is {largest:.4g}, and FP16 ends at {_LARGEST:.0f}. Export without fp16, or retrain "
-            "with weight decay so that the layer's weights shrink."
+            f"{name}: a {what} is {largest:.4g}, and FP16 ends at {_LARGEST:.0f}. Export with --precision fp32{cure}."
         )
     return array.astype(np.float16)
 
@@ -96,20 +100,15 @@ def _keep_tail_in_float32(graph: Graph) -> None:
 def _float16_tensors(graph: Graph) -> set[str]:
     """Tensors that are float16 when the graph runs as it stands."""
     onnx = require("onnx", "export")
-    half = {name for name, array in graph.weights.items() if array.dtype == np.float16}
-    found: set[str] = set()
-    for node in graph.nodes:
-        if node.op_type == "Cast":
-            is_half = attribute(node, "to") == onnx.TensorProto.FLOAT16
-        elif node.op_type == "QuantizeLinear":
-            is_half = False  # int8, whatever its scale's type
-        elif node.op_type == "DequantizeLinear":
-            is_half = node.input[1] in half  # the scale's type decides
-        else:
-            is_half = any(name in half or name in found for name in node.input)
-        if is_half:
-            found.add(node.output[0])
-    return found
+    types = graph.element_types()
+    results = [name for node in graph.nodes for name in node.output]
+    unknown = [name for name in results if name and name not in types]
+    if unknown:
+        raise ConversionError(
+            f"{unknown[0]}: ONNX's inference does not tell its type, so FP16 cannot be emulated there. Export with "
+            "--precision fp32."
+        )
+    return {name for name in results if types.get(name) == onnx.TensorProto.FLOAT16}
 
 
 def _set_cast_type(cast: object, code: int) -> None:

@@ -6,6 +6,7 @@ ONNX's own ModelProto keeps weights as bytes; every look at one copies it, and f
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -88,6 +89,12 @@ class Graph:
             self._serial += 1
         return name
 
+    def free_name(self, wanted: str) -> str:
+        """``wanted`` where no tensor, weight or node has that name, else with a number behind it."""
+        taken = set(self.weights) | {name for node in self.nodes for name in (node.name, *node.output)}
+        numbered = (f"{wanted}_{number}" for number in itertools.count(2))
+        return next(name for name in itertools.chain([wanted], numbered) if name not in taken)
+
     def derive(self, old: str, new_stem: str, array: Weight) -> str:
         """Add ``array``, made from the weight ``old``, under a free name; it belongs to the same layer.
 
@@ -143,7 +150,19 @@ class Graph:
         return dict(Counter(node.op_type for node in self.nodes).most_common())
 
     def shapes(self) -> dict[str, tuple[int | str, ...]]:
-        """Shape of every tensor that ONNX's shape inference can tell; a dynamic axis is its name.
+        """Shape of every tensor that ONNX's shape inference can tell; a dynamic axis is its name."""
+        return {
+            value.name: tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
+            for value in self._inferred()
+            if value.type.tensor_type.HasField("shape")
+        }
+
+    def element_types(self) -> dict[str, int]:
+        """Code of onnx.TensorProto for the type of every tensor that ONNX's shape inference can tell."""
+        return {value.name: value.type.tensor_type.elem_type for value in self._inferred()}
+
+    def _inferred(self) -> list[onnx.ValueInfoProto]:
+        """All tensors as ONNX's shape inference finds them.
 
         Runs on the graph with its weights as inputs, so it costs no copy of them.
         """
@@ -155,11 +174,7 @@ class Graph:
         proto.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in small.items())
         model = onnx.helper.make_model(proto, opset_imports=[onnx.helper.make_opsetid("", self.opset)])
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-        return {
-            value.name: tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
-            for value in (*inferred.input, *inferred.value_info, *inferred.output)
-            if value.type.tensor_type.HasField("shape")
-        }
+        return [*inferred.input, *inferred.value_info, *inferred.output]
 
     def drop_unused(self) -> None:
         """Remove nodes whose results nobody reads, then weights nobody reads."""
@@ -212,6 +227,9 @@ class Graph:
             ConversionError: the graph is not valid ONNX.
         """
         onnx = require("onnx", "export")
+        twice = [name for name, count in Counter(node.name for node in self.nodes if node.name).items() if count > 1]
+        if twice:  # which onnx's checker accepts and ONNX Runtime refuses
+            raise ConversionError(f"two nodes are called {twice[0]!r}. This is a defect in vggedge.")
         weights = [value_info(name, array.dtype, array.shape) for name, array in self.weights.items()]
         proto = onnx.helper.make_graph(self.nodes, self.name, [*self.inputs, *weights], self.outputs)
         model = onnx.helper.make_model(

@@ -36,6 +36,7 @@ from vggedge_export.verification import (
     LabelledImages,
     Scores,
     batch_for,
+    check_alone,
     check_parity,
     compare_scores,
     graph_scores,
@@ -258,6 +259,8 @@ class _GraphMaker:
             rounding_twin(graph).write(runnable)
         del graph  # ONNX Runtime is about to hold the weights once more
         scores = graph_scores(runnable, self.evaluation.images, name, self.progress)
+        if name == "fp32":
+            check_alone(runnable, self.evaluation.images, scores)
         if has_fp16:
             runnable.unlink()
         self.answers[name] = scores

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vggedge_export.graph import Graph, make_node, nodes_of
+from vggedge_export.graph import INPUT, Graph, make_node, nodes_of
 from vggedge_runtime.errors import ModelError
 
 if TYPE_CHECKING:
@@ -45,14 +45,49 @@ class QuantizationRecipe:
     quantize_last: bool = False
 
 
+_KERNELS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_SHAPES = frozenset({"Shape", "Size"})
+_SHAPED_BY_INPUT = frozenset({"Expand", "Reshape", "Tile"})
+
 INT8 = QuantizationRecipe(per_channel=True)
 INT8_RTX = QuantizationRecipe(per_channel=False)
 
 
 def quantized_layers(graph: Graph, recipe: QuantizationRecipe) -> list[onnx.NodeProto]:
-    """Nodes that ``recipe`` quantises, in order; what computes its own kernel has no INT8 weights and is left."""
-    layers = [node for node in nodes_of(graph, "Conv", "Gemm") if node.input[1] in graph.weights]
-    return layers[0 if recipe.quantize_first else 1 : None if recipe.quantize_last else -1]
+    """Nodes that ``recipe`` quantises, in order.
+
+    Left are layers that compute their own kernel, which then has no INT8 weights, and those that do not see the image,
+    as the first step of an unrolled LSTM on its state of zeros. The last are all that no other kernel follows.
+    """
+    seeing = _tensors_of_image(graph)
+    layers = [
+        node for node in nodes_of(graph, "Conv", "Gemm") if node.input[1] in graph.weights and node.input[0] in seeing
+    ]
+    layers = layers if recipe.quantize_first else layers[1:]
+    if recipe.quantize_last:
+        return layers
+    followed = _followed_by_kernel(graph)
+    return [node for node in layers if node.output[0] in followed]
+
+
+def _tensors_of_image(graph: Graph) -> set[str]:
+    """Tensors whose values depend on the image, and not on its shape alone."""
+    found = {INPUT}
+    for node in graph.nodes:
+        # The shape to which something is made says nothing of the image.
+        values = node.input[:1] if node.op_type in _SHAPED_BY_INPUT else node.input
+        if node.op_type not in _SHAPES and found.intersection(values):
+            found.update(node.output)
+    return found
+
+
+def _followed_by_kernel(graph: Graph) -> set[str]:
+    """Tensors on which a convolution or dense layer further down depends."""
+    found: set[str] = set()
+    for node in reversed(graph.nodes):
+        if node.op_type in _KERNELS or found.intersection(node.output):
+            found.update(node.input)
+    return found
 
 
 def check_quantizable(graph: Graph, recipe: QuantizationRecipe) -> None:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from vggedge_export.conversion import only_output
 from vggedge_export.graph import INPUT
 from vggedge_export.grey import grey_pixels
 from vggedge_runtime.backends.ort import open_ort_session
 from vggedge_runtime.bundle import Comparison
-from vggedge_runtime.errors import ConversionError, DataError
+from vggedge_runtime.errors import ConversionError, DataError, ModelError
 from vggedge_runtime.preprocess import Normalization, Pixels
-from vggedge_runtime.progress import Advance
+from vggedge_runtime.progress import Advance, ignore_progress
 from vggedge_runtime.statistics import build_proportion
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def keras_scores(model: keras.Model, normalization: Normalization | None, images
             pixels = (pixels - mean[:1]) / std[:1] if is_grey else (pixels - mean) / std
             if normalization.order == "bgr":
                 pixels = pixels[..., ::-1]
-        return model(pixels, training=False)
+        return only_output(model(pixels, training=False))
 
     return _in_batches(run, images, "asking Keras", progress)
 
@@ -75,6 +76,21 @@ def graph_scores(graph: Path, images: Pixels, what: str, progress: Advance) -> S
     """What an ONNX graph answers in ONNX Runtime on the CPU."""
     session = open_ort_session(graph)
     return _in_batches(lambda batch: session.run(None, {INPUT: batch})[0], images, f"proving {what}", progress)
+
+
+def check_alone(graph: Path, images: Pixels, scores: Scores) -> None:
+    """Raise ModelError unless an image gets alone the answer that it got among others.
+
+    A device asks for one image at a time. A model that looks across its batch, as one that subtracts the batch's mean,
+    answers otherwise there, and every comparison on batches would pass.
+    """
+    alone = graph_scores(graph, images[-1:], "one image alone", ignore_progress)[0]
+    off = float(np.abs(alone - scores[-1]).max())
+    if off > PARITY_LIMIT:
+        raise ModelError(
+            f"an image alone gets other probabilities than among others, by {off:.3g}: a layer mixes the images of a "
+            "batch. Replace what computes over axis 0, as a mean over the batch, by something that each image has."
+        )
 
 
 def compare_scores(
@@ -119,8 +135,8 @@ def check_parity(comparison: Comparison) -> None:
         raise ConversionError(
             f"the FP32 graph differs from Keras by {comparison.max_abs_difference:.3g} in a probability, on "
             f"{comparison.images} images; allowed is {PARITY_LIMIT:g}. Nothing was written. Either the model magnifies "
-            "rounding, as untrained and diverged ones do (check its accuracy in Keras), or the conversion has a defect: "
-            "then please report the model's layers."
+            "rounding, as untrained and diverged ones do (check its accuracy in Keras), or the conversion has a "
+            "defect: then please report the model's layers."
         )
 
 

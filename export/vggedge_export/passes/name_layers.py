@@ -34,17 +34,20 @@ def run(graph: Graph) -> int:
     """Rename everything; returns the number of nodes that got a new name."""
     taken: set[str] = set()
     with_weights = {_owner(graph, node) for node in graph.nodes}
-    layer, changes = "head", 0
+    layer: str | None = None  # until the first one: the head of the graph
+    changes = 0
     for node in graph.nodes:
         owner = _owner(graph, node)
         before, layer = layer, owner or _layer_without_weights(node) or layer
         is_follower = (
             node.op_type in _ROLES_OF_FOLLOWERS or layer in with_weights or (layer == before and layer in taken)
         )
-        wanted = layer if owner or not is_follower else f"{layer}/{_role(node)}"
-        if layer == "head":
+        if layer is None and node.name.startswith("head/grey"):
+            wanted = node.name
+        elif layer is None:
             wanted = f"head/{_HEAD_ROLES.get(node.op_type, node.op_type.lower())}"
-            wanted = node.name if node.name.startswith("head/grey") else wanted
+        else:
+            wanted = layer if owner or not is_follower else f"{layer}/{_role(node)}"
         wanted = _free_name(wanted, taken)
         taken.add(wanted)
         changes += node.name != wanted
@@ -69,7 +72,8 @@ def _owner(graph: Graph, node: onnx.NodeProto) -> str | None:
 
 def _layer_without_weights(node: onnx.NodeProto) -> str | None:
     """The layer in the node's scope, for ops that are layers by themselves (pooling, flatten, LRN)."""
-    if node.op_type in _ROLES_OF_FOLLOWERS or node.op_type in {"Cast", "Transpose"}:
+    is_grey = node.name.startswith("head/grey")  # grey.py
+    if is_grey or node.op_type in _ROLES_OF_FOLLOWERS or node.op_type in {"Cast", "Transpose"}:
         return None
     return str(node.name).partition("/")[0] or None
 

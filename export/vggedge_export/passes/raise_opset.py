@@ -28,6 +28,9 @@ _SAME_MEANING = {
     "ReduceMax": "20 adds bool",
     "ReduceMin": "20 adds bool",
     "ConstantOfShape": "20 adds float8 types",
+    "Resize": "19 adds a coordinate mode",
+    "IsNaN": "20 adds float8 types",
+    "IsInf": "20 adds float8 types",
 }
 
 
@@ -44,15 +47,15 @@ def run(graph: Graph) -> int:
         raise ConversionError(
             f"the graph has opset {graph.opset}; vggedge writes {OPSET}, the newest that TensorRT 10.3 parses."
         )
-    for op in graph.op_counts():
+    for op, layer in {node.op_type: node.name for node in graph.nodes}.items():
         try:
             old, new = onnx.defs.get_schema(op, graph.opset), onnx.defs.get_schema(op, OPSET)
         except onnx.defs.SchemaError as error:
-            raise ConversionError(f"op {op} is none of ONNX's own. Replace the layer that it came from.") from error
+            raise ConversionError(f"{layer}: op {op} is none of ONNX's own. Replace the layer.") from error
         if old.since_version != new.since_version and op not in _SAME_MEANING:
             raise ConversionError(
-                f"op {op} changed between opset {graph.opset} and {OPSET}, and no exact upgrade of it is known "
-                "here. Report the layer that it came from."
+                f"{layer}: op {op} changed between opset {graph.opset} and {OPSET}, and no exact upgrade of it is "
+                "known here. Replace the layer."
             )
     graph.opset = OPSET
     return 1
