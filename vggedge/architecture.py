@@ -238,8 +238,8 @@ def _compact(name: str, stages: tuple[tuple[int, ...], ...]) -> VggSpec:
         dense=(256, 256),
         input=(64, 64, 3),
         classes=6,
-        # The published compact listing. Needed with Glorot's initialisation, where training stalls without it; with
-        # He's it does not (benchmarks/claims/results/vanishing_gradients.md).
+        # The published compact listing: with Glorot's initialisation training stalls without it, and the pair does
+        # best (benchmarks/claims/results/vanishing_gradients.md).
         normalization="lrn" if name.endswith("-lrn") else "first-of-two-stages",
         dropout=0.3,  # 256 units have little to spare: half of them off costs accuracy on 6,000 images
     )

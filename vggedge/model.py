@@ -29,7 +29,7 @@ from vggedge_runtime.preprocess import ImageSpec
 if TYPE_CHECKING:
     import keras
 
-Initialization: TypeAlias = Literal["he", "glorot", "paper"]
+Initialization: TypeAlias = Literal["auto", "he", "glorot", "paper"]
 
 SUFFIX = ".keras"
 LABELS_SUFFIX = ".labels.txt"
@@ -86,7 +86,7 @@ def import_keras() -> Any:
     return found
 
 
-def build_vgg(spec: VggSpec, seed: int | None = None, initialization: Initialization = "he") -> keras.Model:
+def build_vgg(spec: VggSpec, seed: int | None = None, initialization: Initialization = "auto") -> keras.Model:
     """Build the network of ``spec`` with fresh weights.
 
     It takes RGB pixels from 0 to 255, (n, height, width, 3), and gives probabilities, (n, classes).
@@ -98,7 +98,8 @@ def build_vgg(spec: VggSpec, seed: int | None = None, initialization: Initializa
         seed: of the weights and of the dropout; None draws another network each time.
         initialization: of the kernels; biases are 0. ``he``: He-normal before a relu (He et al. 2015, arXiv
             1502.01852). ``glorot``: Glorot-uniform, Keras's default (Glorot & Bengio 2010). ``paper``: normal
-            with variance 0.01, as the VGG paper's section 3.1 has it.
+            with variance 0.01, as the VGG paper's section 3.1 has it. ``auto``: Glorot where there is BatchNorm,
+            else He; the other way round training is slow or stalls (benchmarks/claims, a).
 
     Raises:
         MissingDependency: TensorFlow or Keras is not installed.
@@ -116,7 +117,7 @@ def build_vgg(spec: VggSpec, seed: int | None = None, initialization: Initializa
 def _build_layer(keras: Any, spec: VggSpec, layer: LayerSpec, initialization: Initialization, seed: int | None) -> Any:
     layers, name = keras.layers, layer.name
     if layer.kind in ("conv", "dense"):
-        draw = _build_initializer(keras, layer, initialization, seed)
+        draw = _build_initializer(keras, spec, layer, initialization, seed)
         options = {"activation": layer.activation, "kernel_initializer": draw, "name": name}
         if layer.kind == "dense":
             return layers.Dense(layer.units, **options)
@@ -136,8 +137,12 @@ def _build_layer(keras: Any, spec: VggSpec, layer: LayerSpec, initialization: In
     return simple[layer.kind]()
 
 
-def _build_initializer(keras: Any, layer: LayerSpec, initialization: Initialization, seed: int | None) -> Any:
+def _build_initializer(
+    keras: Any, spec: VggSpec, layer: LayerSpec, initialization: Initialization, seed: int | None
+) -> Any:
     initializers = keras.initializers
+    if initialization == "auto":
+        initialization = "he" if spec.normalization in ("none", "lrn") else "glorot"
     if initialization == "paper":
         return initializers.RandomNormal(stddev=0.1, seed=seed)
     if initialization == "glorot" or layer.activation == "softmax":

@@ -94,7 +94,7 @@ def measure(quick: bool) -> Study:
             "network": f"{NETWORK} at 64x64, no normalisation, as in the paper",
             "data": f"hands of `fingers`, each shrunk to {ZOOM[0]:g} to {ZOOM[1]:g} of its picture (log-uniform, its "
             "own factor) before a background that continues its edges",
-            **describe_training(TrainConfig(epochs=budget.epochs), data, test, budget.seeds),
+            **describe_training(TrainConfig(epochs=budget.epochs, initialization="he"), data, test, budget.seeds),
             "scales": "training: the shorter side becomes S, 64x64 are cut out anywhere; test: it becomes Q, the "
             "centre is cut out, probabilities over several Q are averaged; each epoch is judged at the one Q",
         },
@@ -106,7 +106,7 @@ def measure(quick: bool) -> Study:
 def build_config(budget: Budget, setting: Setting, seed: int) -> TrainConfig:
     """The same for all settings but for the scale."""
     augmentation = AugmentationConfig(scale=setting.train)
-    return TrainConfig(epochs=budget.epochs, patience=0, seed=seed, augmentation=augmentation)
+    return TrainConfig(epochs=budget.epochs, patience=0, initialization="he", seed=seed, augmentation=augmentation)
 
 
 def open_zoomed(count: int, seed: int) -> ImageSet:

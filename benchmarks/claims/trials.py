@@ -139,7 +139,7 @@ def run_contest(
     """Train every spec with every seed on the same images; gives the trials of each, by seed, and the protocol."""
     budget = QUICK if quick else budget
     data, test = open_pair(budget)
-    config = TrainConfig(epochs=budget.epochs, patience=0)
+    config = TrainConfig(epochs=budget.epochs, patience=0, initialization="he")
     groups: dict[str, list[Trial]] = {name: [] for name in specs}
     for name, seed in iterate_trials(specs, budget.seeds):
         result = train_fresh(specs[name], data, msgspec.structs.replace(config, seed=seed))

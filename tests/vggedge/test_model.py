@@ -91,7 +91,7 @@ def test_the_seed_makes_the_weights(tiny: Any) -> None:
 
 
 def test_equally_shaped_layers_start_with_different_weights() -> None:
-    model = build_vgg(get_spec("vgg16-compact", input=(32, 32, 3)), seed=3)
+    model = build_vgg(get_spec("vgg16-compact", input=(32, 32, 3)), seed=3, initialization="he")
     first, second = (model.get_layer(f"block5_conv{n}").get_weights()[0] for n in (2, 3))
     assert not np.array_equal(first, second)
     assert first.std() == pytest.approx(np.sqrt(2 / (9 * 32)), rel=0.05)  # He et al., equation 10
@@ -300,3 +300,15 @@ def test_what_a_killed_writing_left_goes_with_the_next(tmp_path: Path) -> None:
     spec = get_spec("vgg9-compact", input=(32, 32, 3), classes=2)
     write_model(build_vgg(spec), path, ModelCard(labels=("a", "b"), image=ImageSpec(height=32, width=32)))
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("normalization", "rule"), [("none", "he"), ("lrn", "he"), ("first", "glorot"), ("every", "glorot")]
+)
+def test_the_initialization_goes_with_the_normalization(normalization: str, rule: str) -> None:
+    spec = get_spec("vgg9-compact", input=(32, 32, 3), normalization=normalization)
+    found, wanted = build_vgg(spec, 3), build_vgg(spec, 3, rule)  # type: ignore[arg-type]
+    for mine, other in zip(found.get_weights(), wanted.get_weights(), strict=True):
+        np.testing.assert_array_equal(mine, other)
+    deviation = float(found.get_layer("fc2").kernel.numpy().std())
+    assert deviation == pytest.approx((2 / 256) ** 0.5 if rule == "he" else (2 / 512) ** 0.5, rel=0.02)

@@ -90,7 +90,7 @@ def command(
     transfer: Annotated[Path | None, _start(metavar="BASE.keras", help="Takes its stages; the head is new.")] = None,
     freeze: Annotated[int | None, _start(help="So many of its stages are not trained (default: 5, all).")] = None,
     initial: Annotated[Path | None, _start(metavar="SHALLOW.keras", help="Takes the layers that fit.")] = None,
-    initialization: Annotated[str | None, _start(help="How the others are drawn: he, glorot or paper.")] = None,
+    initialization: Annotated[str | None, _start(help="How the others are drawn: auto, he, glorot or paper.")] = None,
     recipe: Annotated[str, _recipe(help=f"{' or '.join(RECIPES)} (arXiv 1409.1556).")] = RECIPES[0],
     epochs: Annotated[int | None, _recipe(help="At most so many.")] = None,
     batch_size: Annotated[int | None, _recipe(help="Images a step.")] = None,

@@ -100,7 +100,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     weight_decay: float = 0.0
     schedule: Schedule = "cosine"
     plateau_patience: int = 10
-    initialization: Initialization = "he"
+    initialization: Initialization = "auto"
     augmentation: AugmentationConfig = msgspec.field(default_factory=AugmentationConfig)
     validation_share: float = 0.1
     patience: int = 5
@@ -118,7 +118,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
             ("schedule", self.schedule in get_args(Schedule), "cosine, constant or plateau"),
             ("plateau_patience", self.plateau_patience >= 1, "at least 1"),
-            ("initialization", self.initialization in get_args(Initialization), "he, glorot or paper"),
+            ("initialization", self.initialization in get_args(Initialization), "auto, he, glorot or paper"),
             ("validation_share", 0 < self.validation_share < 1, "a share above 0 and below 1, such as 0.1"),
             ("patience", self.patience >= 0, "at least 0, which never stops early"),
             ("seed", 0 <= self.seed < 2**32, "from 0 to 4294967295"),
