@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from vggedge_export.completion import SHAPE_OPS
 from vggedge_export.graph import Graph, Weight, attribute, make_node, nodes_of
 from vggedge_runtime.dependencies import require
 from vggedge_runtime.errors import ConversionError
+
+if TYPE_CHECKING:
+    import onnx
 
 _LARGEST = float(np.finfo(np.float16).max)  # 65504
 _WITH_WEIGHTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization"})
@@ -31,6 +36,8 @@ def float16_graph(graph: Graph) -> Graph:
     for cast in nodes_of(twin, "Cast"):
         if attribute(cast, "to") == onnx.TensorProto.FLOAT:
             _set_cast_type(cast, onnx.TensorProto.FLOAT16)
+    for fill in nodes_of(twin, "ConstantOfShape"):
+        _set_fill_type(fill)
     _keep_tail_in_float32(twin)
     return twin
 
@@ -109,6 +116,17 @@ def _float16_tensors(graph: Graph) -> set[str]:
             "--precision fp32."
         )
     return {name for name in results if types.get(name) == onnx.TensorProto.FLOAT16}
+
+
+def _set_fill_type(fill: onnx.NodeProto) -> None:
+    """Let a ConstantOfShape that gives float32, as it does when it says nothing, give float16."""
+    onnx = require("onnx", "export")
+    given = attribute(fill, "value", None)
+    value = np.zeros(1, np.float32) if given is None else onnx.numpy_helper.to_array(given)
+    if value.dtype == np.float32:
+        del fill.attribute[:]  # it has no other
+        narrow = onnx.numpy_helper.from_array(value.astype(np.float16))
+        fill.attribute.append(onnx.helper.make_attribute("value", narrow))
 
 
 def _set_cast_type(cast: object, code: int) -> None:

@@ -260,7 +260,7 @@ class _GraphMaker:
         del graph  # ONNX Runtime is about to hold the weights once more
         scores = graph_scores(runnable, self.evaluation.images, name, self.progress)
         if name == "fp32":
-            check_alone(runnable, self.evaluation.images, scores)
+            check_alone(runnable, self.evaluation.images)
         if has_fp16:
             runnable.unlink()
         self.answers[name] = scores

@@ -17,7 +17,7 @@ from vggedge_runtime.backends.ort import open_ort_session
 from vggedge_runtime.bundle import Comparison
 from vggedge_runtime.errors import ConversionError, DataError, ModelError
 from vggedge_runtime.preprocess import Normalization, Pixels
-from vggedge_runtime.progress import Advance, ignore_progress
+from vggedge_runtime.progress import Advance
 from vggedge_runtime.statistics import build_proportion
 
 if TYPE_CHECKING:
@@ -78,14 +78,17 @@ def graph_scores(graph: Path, images: Pixels, what: str, progress: Advance) -> S
     return _in_batches(lambda batch: session.run(None, {INPUT: batch})[0], images, f"proving {what}", progress)
 
 
-def check_alone(graph: Path, images: Pixels, scores: Scores) -> None:
-    """Raise ModelError unless an image gets alone the answer that it got among others.
+def check_alone(graph: Path, images: Pixels) -> None:
+    """Raise ModelError unless an image gets alone the answer that it gets beside another one.
 
     A device asks for one image at a time. A model that looks across its batch, as one that subtracts the batch's mean,
-    answers otherwise there, and every comparison on batches would pass.
+    answers otherwise there, and every comparison on batches would pass. The other image is the first one's negative:
+    it always differs, even where there is one image only, or where images are so large that each is a batch.
     """
-    alone = graph_scores(graph, images[-1:], "one image alone", ignore_progress)[0]
-    off = float(np.abs(alone - scores[-1]).max())
+    session = open_ort_session(graph)
+    pair = np.stack([images[0], 255 - images[0]])
+    together, alone = (session.run(None, {INPUT: batch})[0][0] for batch in (pair, pair[:1]))
+    off = float(np.abs(alone - together).max())
     if off > PARITY_LIMIT:
         raise ModelError(
             f"an image alone gets other probabilities than among others, by {off:.3g}: a layer mixes the images of a "

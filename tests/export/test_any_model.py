@@ -43,6 +43,8 @@ BODIES: dict[str, Callable[[Any], Any]] = {
     "unrolled LSTM": recurrent,
     "threshold": lambda x: layers.Flatten()(layers.ReLU(threshold=0.2)(layers.Conv2D(4, 3)(x))),
     "where": lambda x: layers.Flatten()((lambda y: ops.where(y > 0, y, 0.1 * y))(layers.Conv2D(4, 3)(x))),
+    "soft shrink": lambda x: layers.Flatten()(ops.soft_shrink(layers.Conv2D(4, 3)(x))),
+    "sparse plus": lambda x: layers.Flatten()(ops.sparse_plus(layers.Conv2D(4, 3)(x))),
     "flip": lambda x: layers.Flatten()(layers.Conv2D(4, 3)(ops.flip(x, axis=2))),
     "resized": lambda x: layers.Flatten()(layers.Conv2D(4, 3)(layers.Resizing(12, 12)(x))),
     "upsampled": lambda x: layers.Flatten()(
@@ -150,10 +152,13 @@ def test_a_fixed_batch_is_refused() -> None:
         check_exportable(model, None)
 
 
-def test_an_answer_that_depends_on_the_batch_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, 24, 129])  # in batches of 128: of 129 images, the last is alone anyway
+def test_an_answer_that_depends_on_the_batch_is_refused(count: int, tmp_path: Path) -> None:
     model = build(lambda x: layers.Flatten()(x - ops.mean(x, axis=0, keepdims=True)))
+    config = ExportConfig(precisions=("fp32",), engine="none")
+    given = {"image": IMAGE, "labels": ("a", "b", "c"), "config": config}
     with pytest.raises(ModelError, match="an image alone gets other probabilities than among others"):
-        run_export(model, tmp_path / "b", config=ExportConfig(precisions=("fp32",), engine="none"))
+        export(model, tmp_path / "b", calibration=pictures(), evaluation=pictures(count, seed=1), **given)
     assert not (tmp_path / "b").exists()
 
 
