@@ -99,7 +99,8 @@ def measure(quick: bool) -> Study:
         table=_build_table(found),
         protocol={
             "network": f"{NETWORK} at 64x64, BatchNorm placed as the table says (vggedge.architecture.VggSpec)",
-            "initialisations": "glorot: Glorot-uniform, Keras's default; he: He-normal, vggedge's default",
+            "initialisations": "glorot: Glorot-uniform, Keras's default; he: He-normal, vggedge's "
+            "where there is no BatchNorm",
             "gradients": f"L2 norm of the gradient of each kernel, of the mean loss of the first {PROBE_IMAGES} "
             "training images, BatchNorm and dropout as in training, before the first step and after each epoch",
             **describe_training(config, data, test, budget.seeds, initialization="the table's"),
