@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from vggedge_runtime.engine_layers import EngineAudit
 from vggedge_runtime.errors import EngineError
 
 ENGINES = "engines"
@@ -55,6 +56,8 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
         sha256: hash of the plan.
         size_bytes: its length.
         build_seconds: wall time of the build, on the machine that built it.
+        audit: what its kernels are. None where nothing is known of them: TensorRT-RTX prints a table of its layers
+            while it builds, TensorRT proper prints another one or none; and records from before there was an audit.
     """
 
     key: EngineKey
@@ -62,9 +65,16 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
     size_bytes: int
     build_seconds: float
+    audit: EngineAudit | None = None
 
 
-def write_engine(bundle: Path, key: EngineKey, plan: bytes | memoryview, build_seconds: float) -> EngineRecord:
+def write_engine(
+    bundle: Path,
+    key: EngineKey,
+    plan: bytes | memoryview,
+    build_seconds: float,
+    audit: EngineAudit | None = None,
+) -> EngineRecord:
     """Write a plan and its record into ``bundle/engines/<fingerprint>``; the record last, so it never lies."""
     folder = bundle / ENGINES / key.fingerprint
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,6 +84,7 @@ def write_engine(bundle: Path, key: EngineKey, plan: bytes | memoryview, build_s
         sha256=hashlib.sha256(plan).hexdigest(),
         size_bytes=len(plan),
         build_seconds=round(build_seconds, 3),
+        audit=audit,
     )
     _write(folder / record.file, plan)
     _write(folder / _RECORD, msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")

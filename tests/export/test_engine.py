@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from vggedge_export import engine as engines
-from vggedge_export.engine import EngineConfig, build_engine, build_into, check_buildable, graphs_for
+from vggedge_export.engine import (
+    BuiltEngine,
+    EngineConfig,
+    build_audited_engine,
+    build_engine,
+    build_into,
+    check_buildable,
+    graphs_for,
+)
 from vggedge_export.equalization import equalized_graph
 from vggedge_export.float16 import float16_graph
 from vggedge_export.graph import Graph, make_node, value_info
@@ -20,6 +28,7 @@ from vggedge_export.quantization import INT8_RTX, quantized_graph, quantized_lay
 from vggedge_runtime import device, tensorrt_api
 from vggedge_runtime.bundle import (
     FORMAT_VERSION,
+    Bundle,
     Comparison,
     GoldenRecord,
     GraphRecord,
@@ -56,8 +65,8 @@ def test_batches_out_of_order_are_refused(batches: tuple) -> None:
 @pytest.mark.parametrize(
     ("product", "wanted"),
     [
-        ("tensorrt", ["fp32", "fp16", "int8"]),
-        ("tensorrt_rtx", ["fp32", "fp16", "int8-rtx"]),
+        ("tensorrt", ["fp32", "fp16", "int8", "mixed"]),
+        ("tensorrt_rtx", ["fp32", "fp16", "int8-rtx", "mixed-rtx"]),
         ("openvino", []),
     ],
 )
@@ -166,11 +175,13 @@ def rtx() -> TensorRtApi:
 def rtx_graphs(convert_vgg: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A real VGG with a BatchNorm behind a relu in every graph that is made for TensorRT-RTX."""
     clean = convert_vgg("vgg9-compact").clean
-    magnitudes = {layer.input[0]: 4.0 for layer in quantized_layers(clean, INT8_RTX)}
+    scales = {layer.name: 4 / 127 for layer in quantized_layers(clean, INT8_RTX)}
+    even = float16_graph(equalized_graph(clean))
     made = {
         "fp32": clean,
         "fp16": float16_graph(clean),
-        "int8-rtx": quantized_graph(float16_graph(equalized_graph(clean)), INT8_RTX, magnitudes),
+        "int8-rtx": quantized_graph(even, INT8_RTX, scales),
+        "mixed-rtx": quantized_graph(even, INT8_RTX, dict(list(scales.items())[2:])),
     }
     folder = tmp_path_factory.mktemp("graphs")
     for name, graph in made.items():
@@ -188,22 +199,31 @@ def test_rtx_builds_every_graph_made_for_it_without_a_gpu(
     name: str, batches: tuple, rtx: TensorRtApi, rtx_graphs: dict[str, Path]
 ) -> None:
     check_buildable(rtx)
-    plan = build_engine(rtx, rtx_graphs[name], (32, 32, 3), EngineConfig(batches))
-    assert plan.nbytes > 10_000
-    assert any(bytes(plan[:4096]))
+    built = build_audited_engine(rtx, rtx_graphs[name], (32, 32, 3), EngineConfig(batches))
+    assert built.plan.nbytes > 10_000
+    assert any(bytes(built.plan[:4096]))
+    assert built.audit is not None
+    kernels = list(built.audit.extra_after)
+    assert (kernels[0], kernels[-1], len(kernels)) == ("block1_conv1", "predictions", 9)
+    # All but the last, which makes the logits; mixed-rtx leaves the first two in FP16.
+    int8 = {"int8-rtx": kernels[:-1], "mixed-rtx": kernels[2:-1]}
+    assert list(built.audit.int8) == int8.get(name, [])
 
 
 def test_an_engine_is_stored_with_a_record_that_fits_it(bundle: Path, rtx: TensorRtApi) -> None:
-    plans = []
+    built = []
 
-    def build(*arguments: Any) -> memoryview:
-        plans.append(build_engine(*arguments))
-        return plans[-1]
+    def build(*arguments: Any) -> BuiltEngine:
+        built.append(build_audited_engine(*arguments))
+        return built[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "build_engine", build)
+        patch.setattr(engines, "build_audited_engine", build)
         record = build_into(bundle, rtx, "fp32", EngineConfig((1, 2, 4)))
-    check_record(bundle, record, bytes(plans[0]), (1, 2, 4))
+    check_record(bundle, record, bytes(built[0].plan), (1, 2, 4))
+    assert record.audit is not None
+    assert (record.audit.convolutions, record.audit.dense, list(record.audit.extra_after)) == (1, 1, ["conv", "fc"])
+    assert record.audit == built[0].audit
     assert (record.key.product, record.key.version) == ("tensorrt_rtx", rtx.version)
     assert record.key.devices == rtx.targets
     assert "8.6" in rtx.targets
@@ -367,6 +387,7 @@ def test_tensorrt_proper_is_preferred_and_builds_for_this_gpu_only(
     record = build_into(bundle, api, "fp32", EngineConfig((1, 4, 8)))
     check_record(bundle, record, b"plan bytes", (1, 4, 8))
     assert (record.key.product, record.key.version, record.key.devices) == ("tensorrt", "10.3.0", ("Orin (8.7)",))
+    assert record.audit is None
     assert api.module.calls == [
         ("create_network", 2),  # 1 << STRONGLY_TYPED
         ("parse", str(bundle / "graphs/model.fp32.onnx")),
@@ -429,6 +450,20 @@ def test_without_a_gpu_the_missing_driver_is_told_before_anything_is_built(
     with pytest.raises(EngineError, match="no NVIDIA driver here"):
         check_buildable(api)
     assert api.module.calls == []
+
+
+def test_an_engine_that_does_not_run_a_quantised_convolution_in_int8_is_not_stored(
+    bundle: Path, rtx: TensorRtApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX for compute capability 7.5 turns INT8 into FP16."""
+    graph = float16_graph(tiny_graph())
+    quantized_graph(graph, INT8_RTX, {"conv": 1.0}).write(bundle / "graphs/model.fp32.onnx")
+    monkeypatch.setattr(Bundle, "verified_path", lambda self, file: bundle / file)
+    turing = TensorRtApi(rtx.product, rtx.version, rtx.module, True, ("7.5", "8.6"))
+    with pytest.raises(EngineError, match=r"quantises conv, and the engine does not run that in INT8"):
+        build_into(bundle, turing, "fp32", EngineConfig())
+    assert list_engines(bundle) == []
+    assert build_into(bundle, rtx, "fp32", EngineConfig()).audit.int8 == ("conv",)  # type: ignore[union-attr]
 
 
 def test_a_failed_build_leaves_no_engine_in_the_bundle(enterprise: Callable[..., TensorRtApi], bundle: Path) -> None:

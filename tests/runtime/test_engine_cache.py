@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from vggedge_runtime.engine_cache import EngineKey, list_engines, read_engine, write_engine
+from vggedge_runtime.engine_layers import EngineAudit, EngineLayer
 from vggedge_runtime.errors import EngineError
 
 KEY = EngineKey(
@@ -22,6 +23,25 @@ KEY = EngineKey(
     options={},
 )
 PLAN = b"ptrt" * 100
+
+AUDIT = EngineAudit(
+    layers=(
+        EngineLayer(
+            name="conv_U1", kind="correlation", inputs=("Int8",), weights=("Int8",), outputs=("Half",), nodes=("conv",)
+        ),
+    ),
+    convolutions=1,
+    dense=0,
+    int8=("conv",),
+    not_int8=(),
+    untold=(),
+    extra_kernels=0,
+    extra_after={"conv": 0},
+    quantizations=0,
+    float_pools=0,
+    float32_kernels=0,
+    unasked_float32=(),
+)
 
 OTHERS: dict[str, Any] = {
     "product": "tensorrt_rtx",
@@ -50,6 +70,21 @@ class TestFingerprint:
 
 
 class TestWriteAndRead:
+    def test_the_audit_is_kept(self, tmp_path: Path) -> None:
+        record = write_engine(tmp_path, KEY, PLAN, 1.0, AUDIT)
+        assert record.audit == AUDIT
+        assert list_engines(tmp_path) == [record]
+        assert list_engines(tmp_path)[0].audit == AUDIT
+
+    def test_a_record_from_before_there_were_audits_is_read(self, tmp_path: Path) -> None:
+        write_engine(tmp_path, KEY, PLAN, 1.0, AUDIT)
+        path = tmp_path / "engines" / KEY.fingerprint / "engine.json"
+        old = json.loads(path.read_bytes())
+        del old["audit"]
+        path.write_text(json.dumps(old))
+        assert list_engines(tmp_path)[0].audit is None
+        assert read_engine(tmp_path, KEY) == PLAN
+
     @pytest.mark.parametrize("kind", [bytes, memoryview])
     def test_the_plan_stays_byte_pure(self, kind: Any, tmp_path: Path) -> None:
         record = write_engine(tmp_path, KEY, kind(PLAN), 1.23456)
