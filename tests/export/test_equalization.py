@@ -35,6 +35,10 @@ def chain(between: str | None = "Relu", bias: bool = True, flat: bool = False) -
         weights |= {"s": draw(6, seed=5), "h": draw(6, seed=6), "v": np.ones(6, np.float32)}
         nodes.append(make_node(between, [last, "s", "h", "h", "v"], "between"))
         last = "between"
+    elif between == "Max":
+        weights["floor"] = (0.5 * draw(6, seed=7) * scale).reshape(1, 6, 1, 1)
+        nodes.append(make_node("Max", ["floor", last], "between"))
+        last = "between"
     elif between is not None:
         nodes.append(make_node(between, [last], "between", **({"size": 3} if between == "LRN" else {})))
         last = "between"
@@ -78,7 +82,7 @@ def same(run_graph: Callable[..., list[np.ndarray]]) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("between", ["Relu", None, "Identity"])
+@pytest.mark.parametrize("between", ["Relu", None, "Identity", "Max"])
 def test_the_function_stays_and_channel_ranges_even_out(
     between: str | None, bias: bool, same: Callable[..., None]
 ) -> None:
@@ -204,6 +208,66 @@ def test_ordinary_biases_do_not_keep_channels_apart(run_graph: Callable[..., lis
     assert spread(twin.weights["k1"], 0, 6) < 3
     assert spread(twin.weights["k2"], 1, 6) < 3
     assert headroom(twin, "conv1", run_graph) < headroom(graph, "conv1", run_graph)
+
+
+def test_a_floor_is_scaled_as_the_channel_it_belongs_to() -> None:
+    graph = chain("Max")
+    twin = equalized_graph(graph)
+    kernels = [np.abs(each.weights["k1"]).max(axis=(1, 2, 3)) for each in (graph, twin)]
+    factor = kernels[0] / kernels[1]
+    np.testing.assert_allclose(
+        twin.weights["floor"].reshape(-1), graph.weights["floor"].reshape(-1) / factor, rtol=1e-5
+    )
+    assert factor.max() > 5 * factor.min()
+
+
+def test_a_floor_on_next_to_no_kernel_does_not_set_the_range_for_all(
+    same: Callable[..., None], run_graph: Callable[..., list[np.ndarray]]
+) -> None:
+    """A channel of small kernel and ordinary floor: scaled by its kernel alone, the floor would tower over all."""
+    graph = chain("Max")
+    for name in ("k1", "b1"):
+        graph.weights[name] = (graph.weights[name].T / uneven(6)).T
+    graph.weights["k1"][0] *= 1e-6
+    graph.weights["b1"][0] = 0
+    graph.weights["floor"] = np.full((1, 6, 1, 1), 0.5, np.float32)
+    graph.weights["k2"] = draw(5, 6, 3, 3, seed=2)
+    twin = equalized_graph(graph)
+    same(graph, twin)
+    assert headroom(twin, "between", run_graph) < 2 * headroom(graph, "between", run_graph)
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (1, 6, 4, 6), (1, 1, 1, 6)], ids=["one number", "a value a place", "a value a column"]
+)
+def test_a_maximum_that_is_no_floor_a_channel_stops_the_scales(shape: tuple, same: Callable[..., None]) -> None:
+    graph = chain("Max")
+    graph.weights["floor"] = np.asarray(draw(*shape, seed=7), np.float32)
+    twin = equalized_graph(graph)
+    same(graph, twin)
+    assert all(np.array_equal(twin.weights[name], graph.weights[name]) for name in graph.weights)
+
+
+@pytest.mark.parametrize("floor", [[], ["floor"]], ids=["", "and a floor"])
+def test_a_maximum_of_two_activations_stops_the_scales(floor: list[str]) -> None:
+    graph = chain("Max")
+    position = next(i for i, node in enumerate(graph.nodes) if node.name == "between")
+    graph.nodes[position].input[:] = ["conv1", "other", *floor]
+    graph.nodes.insert(position, make_node("Conv", ["x", "k1", "b1"], "other", pads=[1, 1, 1, 1]))
+    graph.weights |= {"k3": graph.weights["k1"] + 1, "b3": graph.weights["b1"]}
+    graph.nodes[position].input[:] = ["x", "k3", "b3"]
+    graph.drop_unused()
+    twin = equalized_graph(graph)
+    assert all(np.array_equal(twin.weights[name], graph.weights[name]) for name in graph.weights)
+
+
+def test_a_floor_that_another_node_reads_too_is_not_scaled(same: Callable[..., None]) -> None:
+    graph = chain("Max")
+    graph.nodes.append(make_node("Identity", ["floor"], "seen"))
+    graph.outputs.append(value_info("seen", np.float32, [1, 6, 1, 1]))
+    twin = equalized_graph(graph)
+    same(graph, twin)
+    assert np.array_equal(twin.weights["k1"], graph.weights["k1"])
 
 
 @pytest.mark.parametrize("grouped", ["conv1", "conv2"])

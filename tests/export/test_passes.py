@@ -13,6 +13,7 @@ import pytest
 from vggedge_export import passes
 from vggedge_export.graph import Graph, attribute, make_node, value_info
 from vggedge_export.passes import (
+    NOT_APPLIED,
     PASSES,
     Pass,
     affine_to_batchnorm,
@@ -100,11 +101,11 @@ def untouched(graph: Graph, run: Callable[[Graph], int]) -> bool:
 
 def test_the_table_names_every_file_once_and_runs_that_files_function() -> None:
     files = {path.stem for path in Path(passes.__file__).parent.glob("*.py")} - {"__init__"}
-    names = [step.name for step in PASSES]
+    names = [step.name for step in (*PASSES, *NOT_APPLIED)]
     assert len(set(names)) == len(names)
     assert set(names) == files
-    assert [step.run.__module__.rpartition(".")[2] for step in PASSES] == names
-    assert all(step.why for step in PASSES)
+    assert [step.run.__module__.rpartition(".")[2] for step in (*PASSES, *NOT_APPLIED)] == names
+    assert all(step.why for step in (*PASSES, *NOT_APPLIED))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from vggedge_export.passes import (
     affine_to_batchnorm,
     flatten_without_transpose,
     fold_batchnorm,
+    fold_batchnorm_after_relu,
     fold_bias,
     fold_channel_order,
     fold_constants,
@@ -100,6 +101,16 @@ PASSES: tuple[Pass, ...] = (
         "every node and weight carries its Keras layer's name; last, nothing moves now",
     ),
 )
+
+NOT_APPLIED: tuple[Pass, ...] = (
+    Pass(
+        "fold_batchnorm_after_relu",
+        fold_batchnorm_after_relu.run,
+        "exact, and without a gain (benchmarks/batchnorm_fold.py, compact VGG-16): TensorRT-RTX plans as many kernels "
+        "in all four graphs, accuracy is the same, ONNX Runtime gains 2 %, OpenVINO loses 6 to 15 %",
+    ),
+)
+"""Passes that are right, and that measurements speak against; for whoever measures again."""
 
 
 def apply_passes(graph: Graph, passes: tuple[Pass, ...] = PASSES) -> list[PassRecord]:
