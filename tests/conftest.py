@@ -6,7 +6,7 @@ One place for all tests that need a bundle or the command line.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,18 @@ LABELS = ("red", "green", "blue")
 IMAGE = ImageSpec(height=4, width=6)
 SHARPNESS = 0.05
 """What a unit of brightness counts in the softmax."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Stands for the user's cache folder all through a run: no test reads or writes the real one.
+
+    Of session scope, because exports of module scope are made before any fixture of a single test.
+    """
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 def answer(images: Pixels) -> np.ndarray:

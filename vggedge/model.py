@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -36,6 +36,9 @@ LABELS_SUFFIX = ".labels.txt"
 IMAGE_SUFFIX = ".image.json"
 HISTORY_SUFFIX = ".history.json"
 CURVES_SUFFIX = ".curves.png"
+RANGES_SUFFIX = ".ranges.json"
+
+_Ranges: TypeAlias = Annotated[dict[str, Annotated[float, msgspec.Meta(gt=0)]], msgspec.Meta(min_length=1)]
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -206,11 +209,13 @@ def check_output(path: Path) -> Path:
     return path
 
 
-def write_model(model: keras.Model, path: Path, card: ModelCard) -> list[Path]:
-    """Write ``MODEL.keras``, ``MODEL.labels.txt`` and ``MODEL.image.json``; returns the three paths.
+def write_model(
+    model: keras.Model, path: Path, card: ModelCard, *, ranges: dict[str, float] | None = None
+) -> list[Path]:
+    """Write ``MODEL.keras``, ``MODEL.labels.txt`` and ``MODEL.image.json``, with ranges ``MODEL.ranges.json``, too.
 
-    Each is complete or not there at all: all three are written to a temporary folder beside, then renamed.
-    The history and curves of a model that was there before go with it.
+    Each is complete or not there at all: all are written to a temporary folder beside, then renamed; returns their
+    paths. The history, curves and ranges of a model that was there before go with it.
 
     Raises:
         UsageError: ``path`` is no place for a model (see check_output).
@@ -225,6 +230,10 @@ def write_model(model: keras.Model, path: Path, card: ModelCard) -> list[Path]:
             model.save(written[0])
             written[1].write_bytes("".join(f"{label}\n" for label in card.labels).encode())
             written[2].write_bytes(msgspec.json.format(msgspec.json.encode(card.image), indent=2) + b"\n")
+            if ranges is not None:
+                written.append(folder / path.with_suffix(RANGES_SUFFIX).name)
+                written[3].write_bytes(msgspec.json.format(msgspec.json.encode(ranges), indent=2) + b"\n")
+            path.with_suffix(RANGES_SUFFIX).unlink(missing_ok=True)  # first: export would take them for the new model's
             placed = [file.replace(path.parent / file.name) for file in written]
         for suffix in (HISTORY_SUFFIX, CURVES_SUFFIX):
             path.with_suffix(suffix).unlink(missing_ok=True)
@@ -284,6 +293,27 @@ def read_card(path: Path) -> ModelCard | None:
     """
     _check_archive(path)
     return _read_card(path)
+
+
+def read_ranges(path: Path) -> dict[str, float] | None:
+    """Read ``MODEL.ranges.json`` beside the model at ``path``; None if there is none.
+
+    By the name of each layer whose input training quantised: the magnitude that became 127 INT8 steps.
+
+    Raises:
+        ModelError: it cannot be read, or holds anything else than one number above 0 a layer.
+    """
+    file = path.with_suffix(RANGES_SUFFIX)
+    try:
+        found: dict[str, float] = msgspec.json.decode(file.read_bytes(), type=_Ranges)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise ModelError(
+            f"{file}: no INT8 ranges ({error}); needed is one number above 0 a layer. Run vggedge finetune again, or "
+            "remove the file: export then finds the ranges on its calibration images."
+        ) from error
+    return found
 
 
 def _check_archive(path: Path) -> None:

@@ -79,7 +79,7 @@ def complete_graph(graph: Graph, scores: NDArray[np.float32]) -> Completion:
     if completion.scores in ("softmax", "probabilities"):
         return completion
     last = _without_shape_ops(graph, OUTPUT)
-    layer = "head" if last is None else _layer(last)
+    layer = "head" if last is None else layer_name(last)
     if last is not None and completion.scores != "logits":
         graph.remove(last)  # the sigmoid or log-softmax: what follows goes from the logits again
     tensor = graph.free_name(f"{layer}/logits")
@@ -141,15 +141,15 @@ def _find_scores(
     units = scores.shape[1]
     if last is not None and op in ("Softmax", "LogSoftmax") and units == 1:
         raise ModelError(
-            f"the layer {_layer(last)!r} is a softmax over one unit, which is 1 whatever the image shows. Give it one "
-            "unit a class, or one unit and activation='sigmoid'."
+            f"the layer {layer_name(last)!r} is a softmax over one unit, which is 1 whatever the image shows. Give it "
+            "one unit a class, or one unit and activation='sigmoid'."
         )
     finite = bool(np.isfinite(scores).all())  # else the comparison of the graphs says so
     if last is not None and op == "Softmax":
         if finite and not _are_probabilities(scores):
             raise ModelError(
-                f"the softmax of the layer {_layer(last)!r} runs over another axis than the classes: they do not sum "
-                "to 1 on the evaluation images. Apply it to (None, classes), last in the model."
+                f"the softmax of the layer {layer_name(last)!r} runs over another axis than the classes: they do not "
+                "sum to 1 on the evaluation images. Apply it to (None, classes), last in the model."
             )
         return "softmax"
     # What the graph says goes before what the images show: sure sigmoids look like probabilities on easy images.
@@ -162,9 +162,9 @@ def _find_scores(
     culprit = _first_nonlinear(graph, OUTPUT)
     if culprit is not None:
         raise ModelError(
-            f"the model ends in the layer {_layer(culprit)!r}, whose {culprit.op_type} leaves scores that are neither "
-            "probabilities of the classes nor logits. Give the last layer activation='softmax' and train it so; "
-            "'sigmoid' or no activation is fine, too."
+            f"the model ends in the layer {layer_name(culprit)!r}, whose {culprit.op_type} leaves scores that are "
+            "neither probabilities of the classes nor logits. Give the last layer activation='softmax' and train it "
+            "so; 'sigmoid' or no activation is fine, too."
         )
     return "logits"
 
@@ -194,6 +194,6 @@ def _first_nonlinear(graph: Graph, tensor: str) -> onnx.NodeProto | None:
     return next((found for name in moving if (found := _first_nonlinear(graph, name)) is not None), None)
 
 
-def _layer(node: onnx.NodeProto) -> str:
-    """The layer in a node's name: that of a layer's own kernel, or of what follows it (``top/sigmoid``)."""
+def layer_name(node: onnx.NodeProto) -> str:
+    """The layer that a node belongs to: its own name if it has the kernel, else what stands before ``/sigmoid``."""
     return str(node.name if node.op_type in _KERNELS else node.name.rpartition("/")[0] or node.name)

@@ -77,7 +77,7 @@ def graph_from_keras(model: keras.Model, normalization: Normalization | None = N
             warnings.simplefilter("ignore")  # tf2onnx's own use of deprecated NumPy and TensorFlow names
             # Keras compiles grouped convolutions with XLA, as functions of their own, which tf2onnx does not open.
             tf.config.run_functions_eagerly(True)  # so they are written out in the trace
-            traced = tf.function(infer, input_signature=specs)
+            traced = tf.function(infer, input_signature=specs, autograph=False)  # no Python control flow
             proto, _ = tf2onnx.convert.from_function(traced, input_signature=specs, opset=_TF2ONNX_OPSET)
             captures = traced.get_concrete_function().graph.captures  # the trace that was just converted
     except Exception as error:  # tf2onnx raises whatever its handlers happen to raise

@@ -6,6 +6,7 @@ ONNX's own ModelProto keeps weights as bytes; every look at one copies it, and f
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -205,6 +206,13 @@ class Graph:
         """The content of the file that ``write`` writes."""
         self.check()
         return b"".join(self._chunks())
+
+    def sha256(self) -> str:
+        """Hex digest of the file that ``write`` writes, without writing it."""
+        digest = hashlib.sha256()
+        for chunk in self._chunks():
+            digest.update(chunk)
+        return digest.hexdigest()
 
     def _chunks(self) -> Iterator[bytes | memoryview]:
         onnx = require("onnx", "export")

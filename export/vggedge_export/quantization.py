@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vggedge_export.graph import INPUT, Graph, make_node, nodes_of
-from vggedge_runtime.errors import ModelError
+from vggedge_runtime.errors import ConversionError, ModelError
 
 if TYPE_CHECKING:
     import onnx
@@ -100,17 +100,53 @@ def check_quantizable(graph: Graph, recipe: QuantizationRecipe) -> None:
         )
 
 
+def input_scales(graph: Graph, recipe: QuantizationRecipe, magnitudes: Mapping[str, float]) -> dict[str, float]:
+    """Scale of every quantised layer's input, by the layer's name.
+
+    Args:
+        graph: FP32 graph, before any cast: the exact scale of its head is recognised there.
+        recipe: what to quantise.
+        magnitudes: for each of these layers the input magnitude that INT8 step 127 is to stand for.
+    """
+    scales = {layer.name: magnitudes[layer.name] / _STEPS for layer in quantized_layers(graph, recipe)}
+    exact = exact_input_scale(graph)
+    return {name: exact.get(name, scale) for name, scale in scales.items()}
+
+
+def underflowing_layers(graph: Graph, scales: Mapping[str, float]) -> dict[str, float]:
+    """Layers whose INT8 scale would fall below FP16's smallest normal number, with the magnitude that it belongs to.
+
+    In FP16 such a scale loses its digits; the layer has to stay in FP32. Equalisation can bring one about.
+
+    Args:
+        graph: FP32 graph.
+        scales: of the inputs of layers that are to be INT8, by name.
+    """
+    smallest = _STEPS * _SMALLEST_SCALE[np.dtype(np.float16)]
+    found = {}
+    for layer in nodes_of(graph, "Conv", "Gemm"):
+        if layer.name not in scales:
+            continue
+        kernel = graph.weights[layer.input[1]]
+        magnitudes = (_STEPS * scales[layer.name], max(float(kernel.max()), -float(kernel.min())))
+        if min(magnitudes) < smallest:
+            found[layer.name] = min(magnitudes)
+    return found
+
+
 def exact_input_scale(graph: Graph) -> dict[str, float]:
-    """Scale of the first layer's input where the head maps pixels onto INT8 steps exactly, else nothing.
+    """Scale of the input of all layers that read the head, by name, where it maps pixels onto INT8 steps exactly.
 
     Rescaling(1/128, offset=-1) makes pixel p into (p - 128) / 128. At scale 1/128 that is the int8 value
     p - 128, from -128 to 127: nothing is rounded and nothing is clipped. It has to be whole pixels, of the image
-    or its grey, that are mapped so.
+    or its grey, that are mapped so. Else there is none.
     """
-    first = next(nodes_of(graph, "Conv", "Gemm"))
-    scaled = _without_constant(graph, first.input[0], "Add", -1.0)
+    head = next(nodes_of(graph, "Conv", "Gemm")).input[0]
+    scaled = _without_constant(graph, head, "Add", -1.0)
     pixels = _without_constant(graph, scaled, "Mul", 1 / 128) if scaled is not None else None
-    return {first.input[0]: 1 / 128} if pixels is not None and _are_whole(graph, pixels) else {}
+    if pixels is None or not _are_whole(graph, pixels):
+        return {}
+    return {layer.name: 1 / 128 for layer in nodes_of(graph, "Conv", "Gemm") if layer.input[0] == head}
 
 
 def _are_whole(graph: Graph, tensor: str) -> bool:
@@ -133,21 +169,33 @@ def _without_constant(graph: Graph, tensor: str, op: str, constant: float) -> st
     return None
 
 
-def quantized_graph(graph: Graph, recipe: QuantizationRecipe, magnitudes: Mapping[str, float]) -> Graph:
+def quantized_graph(graph: Graph, recipe: QuantizationRecipe, scales: Mapping[str, float]) -> Graph:
     """Insert the Q/DQ nodes of ``recipe``.
 
     Args:
         graph: FP32 or FP16 graph with (out, in, ...) weights; not changed. Scales take the type of the
             weights, so that what is dequantised has the type of its surroundings.
         recipe: what to quantise.
-        magnitudes: largest absolute value of every quantised layer's input (calibration.py).
+        scales: of the layers' inputs, by name (``input_scales``). A layer that is not among them stays in float:
+            that is how a precision plan is carried out.
+
+    Raises:
+        ConversionError: a scale is of no layer that ``recipe`` quantises; ignored, it would leave one in float.
     """
     twin = graph.copy()
-    scales = {name: value / _STEPS for name, value in magnitudes.items()} | exact_input_scale(graph)
-    for layer in quantized_layers(twin, recipe):
+    layers = quantized_layers(twin, recipe)
+    if unknown := sorted(set(scales) - {layer.name for layer in layers}):
+        raise ConversionError(
+            f"INT8 scales for {', '.join(unknown)}, and the layers to quantise are "
+            f"{', '.join(layer.name for layer in layers) or 'none'}. This is a defect in vggedge."
+        )
+    for layer in layers:
+        if layer.name not in scales:
+            continue
         data, kernel = layer.input[0], layer.input[1]
         dtype = twin.weights[kernel].dtype
-        layer.input[0] = _quantize_activation(twin, layer, data, dtype.type(max(scales[data], _SMALLEST_SCALE[dtype])))
+        scale = dtype.type(max(scales[layer.name], _SMALLEST_SCALE[dtype]))
+        layer.input[0] = _quantize_activation(twin, layer, data, scale)
         layer.input[1] = _quantize_weights(twin, layer, kernel, recipe.per_channel)
     twin.drop_unused()
     return twin

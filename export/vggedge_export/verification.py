@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,9 @@ from vggedge_export.conversion import only_output
 from vggedge_export.graph import INPUT
 from vggedge_export.grey import grey_pixels
 from vggedge_runtime.backends.ort import open_ort_session
-from vggedge_runtime.bundle import Comparison
 from vggedge_runtime.errors import ConversionError, DataError, ModelError
+from vggedge_runtime.evidence import Comparison, Obtained
+from vggedge_runtime.paired import build_class_changes, build_paired_change, find_flips
 from vggedge_runtime.preprocess import Normalization, Pixels
 from vggedge_runtime.progress import Advance
 from vggedge_runtime.statistics import build_proportion
@@ -29,6 +30,8 @@ Scores = NDArray[np.float32]
 PARITY_LIMIT = 1e-4
 """Largest difference of a probability between Keras and its FP32 graph at which export goes on. Both compute
 in FP32 and differ in the order of sums only, about 1e-7; a wrong layout, head or constant gives above 1e-2."""
+
+_SHOWN_FLIPS = 50  # in the manifest; a broken graph would flip thousands
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,26 @@ class LabelledImages:
             )
 
 
+@dataclass(frozen=True)
+class Images:
+    """The images of an export, by what they are for. None should be in two.
+
+    Attributes:
+        calibration: set INT8 ranges and show what leaves FP16's range.
+        evaluation: prove the graphs.
+        selection: choose among calibrators and plans; None where nothing is to be chosen.
+    """
+
+    calibration: LabelledImages
+    evaluation: LabelledImages
+    selection: LabelledImages | None = None
+
+    def by_use(self) -> dict[str, LabelledImages]:
+        """All there are, by what they are for."""
+        named = {"calibration": self.calibration, "selection": self.selection, "evaluation": self.evaluation}
+        return {use: data for use, data in named.items() if data is not None}
+
+
 def keras_scores(model: keras.Model, normalization: Normalization | None, images: Pixels, progress: Advance) -> Scores:
     """What the Keras model itself answers, batch by batch, at inference: (n, units), not completed to probabilities.
 
@@ -75,7 +98,7 @@ def keras_scores(model: keras.Model, normalization: Normalization | None, images
 def graph_scores(graph: Path, images: Pixels, what: str, progress: Advance) -> Scores:
     """What an ONNX graph answers in ONNX Runtime on the CPU."""
     session = open_ort_session(graph)
-    return _in_batches(lambda batch: session.run(None, {INPUT: batch})[0], images, f"proving {what}", progress)
+    return _in_batches(lambda batch: session.run(None, {INPUT: batch})[0], images, what, progress)
 
 
 def check_alone(graph: Path, images: Pixels) -> None:
@@ -101,10 +124,11 @@ def compare_scores(
     candidate: Scores,
     targets: NDArray[np.int64],
     *,
+    labels: Sequence[str],
     against: str,
-    obtained: Literal["measured", "emulated"],
+    obtained: Obtained,
 ) -> Comparison:
-    """Compare two sets of answers to the same images; all arrays have n rows.
+    """Compare two sets of answers to the same images; all arrays have n rows, ``labels`` name the columns.
 
     Raises:
         ConversionError: answers of either side are not finite.
@@ -122,14 +146,29 @@ def compare_scores(
             "range of the type. Export without that precision (--precision)."
         )
     n = len(reference)
+    wanted, found = reference.argmax(1), candidate.argmax(1)
     return Comparison(
         against=against,
         obtained=obtained,
         images=n,
         max_abs_difference=float(np.abs(reference - candidate).max()),
-        agreement=build_proportion(int((reference.argmax(1) == candidate.argmax(1)).sum()), n),
-        accuracy=build_proportion(int((candidate.argmax(1) == targets).sum()), n),
+        agreement=build_proportion(int((wanted == found).sum()), n),
+        accuracy=build_proportion(int((found == targets).sum()), n),
+        change=build_paired_change(wanted == targets, found == targets),
+        classes=build_class_changes(reference, candidate, targets, labels),
+        flips=find_flips(reference, candidate, targets, _SHOWN_FLIPS),
     )
+
+
+def divergence(reference: Scores, candidate: Scores) -> float:
+    """Mean Kullback-Leibler divergence of ``candidate`` from ``reference``, nats an image; both (n, classes).
+
+    It tells two candidates apart on images where both keep the class, which accuracy and agreement do not. A
+    probability below 1e-7, where FP32 softmax ends to have digits, counts as that. FP32 answers sum to 1 within some
+    1e-7 only, and plain sums of p log(p / q) would be as far off, or below 0; with - p + q they are neither.
+    """
+    p, q = (np.maximum(each.astype(np.float64), 1e-7) for each in (reference, candidate))
+    return float((p * np.log(p / q) - p + q).sum(axis=1).mean())
 
 
 def check_parity(comparison: Comparison) -> None:

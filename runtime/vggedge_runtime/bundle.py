@@ -5,6 +5,7 @@ Layout (docs/bundle.md has the long form)::
     NAME/  manifest.json  labels.txt
       graphs/model.<graph>.onnx
       golden/inputs.npy  outputs.<graph>.npy
+      plans/<graph>.png
       engines/<fingerprint>/<graph>.engine  engine.json
 
 The manifest covers everything but ``engines``: an engine is added later, on the device, and each engine.json
@@ -21,18 +22,19 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from vggedge_runtime.errors import BundleError, UsageError
+from vggedge_runtime.evidence import CalibrationRecord, Comparison, GateRecord, LayerRecord, PrecisionPlan
 from vggedge_runtime.preprocess import ImageSpec
 from vggedge_runtime.statistics import Proportion
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
-_ENTRIES = frozenset({MANIFEST, "labels.txt", "report.html", "graphs", "golden", "engines", "cache"})
+_ENTRIES = frozenset({MANIFEST, "labels.txt", "report.html", "graphs", "golden", "plans", "engines", "cache"})
 """Everything that vggedge writes into a bundle's top folder."""
 
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
@@ -51,27 +53,6 @@ class FileRecord(msgspec.Struct, frozen=True):
     size_bytes: int
 
 
-class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """How a graph answers beside the one it was made from, on the same images.
-
-    Attributes:
-        against: ``keras`` or the name of a graph.
-        obtained: ``measured`` if this very graph ran; ``emulated`` if its rounding twin did, because ONNX
-            Runtime computes FP16 in FP32 on a CPU and would prove nothing.
-        images: number of images.
-        max_abs_difference: largest difference of any probability.
-        agreement: images whose top-1 class is the same on both sides.
-        accuracy: images whose top-1 class is the true one.
-    """
-
-    against: str
-    obtained: Literal["measured", "emulated"]
-    images: int
-    max_abs_difference: float
-    agreement: Proportion
-    accuracy: Proportion
-
-
 class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One ONNX graph of the bundle.
 
@@ -81,6 +62,11 @@ class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
         made_for: the products it was laid out for.
         op_counts: nodes of every op type.
         evidence: the comparison with the step before.
+        layers: its convolutions and dense layers, in order; none in bundles from before this field.
+        calibration: where its INT8 ranges come from; None where it has none.
+        plan: which layers are INT8 and why, where a budget was set.
+        kept_fp32: layers of a graph with FP16 that stay FP32, with the magnitude of a weight or tensor that is too
+            large for FP16, which ends at 65504, or so small that its INT8 scale would be none of FP16's normal numbers.
     """
 
     file: str
@@ -88,6 +74,10 @@ class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
     made_for: tuple[str, ...]
     op_counts: dict[str, int]
     evidence: Comparison
+    layers: tuple[LayerRecord, ...] = ()
+    calibration: CalibrationRecord | None = None
+    plan: PrecisionPlan | None = None
+    kept_fp32: dict[str, float] = {}
 
 
 class GoldenRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,11 +132,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         golden: inputs and answers for the check at opening.
         passes: what was done to the converted graph.
         keras_accuracy: of the Keras model on the evaluation images.
-        data: the images used for ``calibration`` and ``evaluation``.
+        data: the images used: ``calibration`` sets INT8 ranges, ``selection`` chooses among calibrators and plans,
+            ``evaluation`` proves.
         tools: versions of what made the bundle.
         files: hash and size of every file that the manifest covers.
         adaptations: what export added to the model to meet the graph contract, in words; bundles from before
             this field have none.
+        gate: the accuracy that export had to keep, and the verdicts; None where no limit was set.
     """
 
     format_version: int
@@ -163,6 +155,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     tools: dict[str, str]
     files: dict[str, FileRecord]
     adaptations: tuple[str, ...] = ()
+    gate: GateRecord | None = None
 
 
 class Bundle:

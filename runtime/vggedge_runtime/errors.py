@@ -61,6 +61,6 @@ class SessionError(VggedgeError):
 
 
 class GateError(VggedgeError):
-    """A limit that the user set (accuracy, latency) was measured and not met; no command sets one yet."""
+    """A limit that the user set (accuracy, latency) was measured and not met, or could not be told from it."""
 
     exit_code = 3

@@ -49,8 +49,10 @@ GRAPHS: dict[str, GraphKind] = {
         2e-1,
         "as int8, and FP16 between the layers, which ONNX Runtime does not round to on a CPU: 8e-2 seen",
     ),
+    "mixed": GraphKind("int8", ("tensorrt",), 2e-1, "as int8-rtx: it has FP16 between the layers, too"),
+    "mixed-rtx": GraphKind("int8", ("tensorrt_rtx",), 2e-1, "as int8-rtx"),
 }
-"""In the order in which export makes them."""
+"""In the order in which export makes them. A mixed graph stands in the place of an INT8 one that lost too much."""
 
 
 _GOLDEN_ON: dict[tuple[str, str], tuple[float, str]] = {

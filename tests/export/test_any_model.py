@@ -12,7 +12,7 @@ import pytest
 from vggedge_export.conversion import check_exportable, graph_from_keras, normalizing_layer
 from vggedge_export.graph import Graph
 from vggedge_export.pipeline import ExportConfig, ExportResult, export
-from vggedge_export.verification import LabelledImages
+from vggedge_export.verification import Images, LabelledImages
 from vggedge_runtime.errors import ConversionError, ModelError
 from vggedge_runtime.preprocess import ImageSpec, Normalization
 
@@ -72,10 +72,11 @@ def run_export(model: Any, path: Path, **options: Any) -> ExportResult:
     given: dict[str, Any] = {
         "image": IMAGE,
         "labels": ("a", "b", "c"),
-        "config": ExportConfig(engine="none"),
+        "images": Images(calibration=pictures(), evaluation=pictures(seed=1)),
+        "config": ExportConfig(engine="none", calibrator="max"),
         **options,
     }
-    return export(model, path, calibration=pictures(), evaluation=pictures(seed=1), **given)
+    return export(model, path, **given)
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -105,7 +106,7 @@ def test_well_separated_sigmoids_are_not_taken_for_probabilities(tmp_path: Path)
     targets = np.arange(9, dtype=np.int64) % 3
     clear = LabelledImages("clear", images, targets)
     result = export(
-        model, tmp_path / "b", image=IMAGE, labels=("a", "b", "c"), calibration=clear, evaluation=clear,
+        model, tmp_path / "b", image=IMAGE, labels=("a", "b", "c"), images=Images(clear, clear),
         config=ExportConfig(precisions=("fp32",), engine="none"),
     )  # fmt: skip
     assert "divided by their sum" in result.manifest.adaptations[0]
@@ -156,9 +157,9 @@ def test_a_fixed_batch_is_refused() -> None:
 def test_an_answer_that_depends_on_the_batch_is_refused(count: int, tmp_path: Path) -> None:
     model = build(lambda x: layers.Flatten()(x - ops.mean(x, axis=0, keepdims=True)))
     config = ExportConfig(precisions=("fp32",), engine="none")
-    given = {"image": IMAGE, "labels": ("a", "b", "c"), "config": config}
+    images = Images(calibration=pictures(), evaluation=pictures(count, seed=1))
     with pytest.raises(ModelError, match="an image alone gets other probabilities than among others"):
-        export(model, tmp_path / "b", calibration=pictures(), evaluation=pictures(count, seed=1), **given)
+        run_export(model, tmp_path / "b", images=images, config=config)
     assert not (tmp_path / "b").exists()
 
 

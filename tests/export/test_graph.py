@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +118,40 @@ def test_write_and_to_bytes_agree_and_read_graph_gives_the_same_graph_back(tmp_p
     read = read_graph(path)
     read.layer_of = graph.layer_of  # not in the file
     assert state(read) == state(graph)
+
+
+def test_the_hash_is_that_of_the_file(tmp_path: Path) -> None:
+    graph, path = chain(), tmp_path / "graph.onnx"
+    graph.weights |= WEIGHTS
+    graph.write(path)
+    assert graph.sha256() == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert graph.sha256() == hashlib.sha256(graph.to_bytes()).hexdigest()
+
+
+def test_equal_graphs_have_equal_hashes() -> None:
+    graph = chain()
+    graph.layer_of["scale"] = "elsewhere"  # not in the file
+    assert graph.sha256() == graph.copy().sha256() == chain().sha256()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda graph: graph.weights.update(scale=np.nextafter(graph.weights["scale"], np.float32(9))),
+        lambda graph: graph.weights.update(other=np.float32(1)),
+        lambda graph: graph.weights.update(scale=graph.weights["scale"].reshape(1, *graph.weights["scale"].shape)),
+        lambda graph: setattr(graph.nodes[0], "name", "other"),
+        lambda graph: graph.nodes.append(make_node("Relu", [graph.nodes[0].output[0]], "other")),
+        lambda graph: setattr(graph, "opset", 19),
+        lambda graph: setattr(graph.inputs[0], "name", "other"),
+    ],
+    ids=["bit", "weight", "shape", "name", "node", "opset", "input"],
+)
+def test_the_hash_is_another_for_anything_else(change: Callable[[Graph], object]) -> None:
+    graph = chain()
+    before = graph.sha256()
+    change(graph)
+    assert graph.sha256() != before
 
 
 @pytest.mark.parametrize(

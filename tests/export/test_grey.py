@@ -17,7 +17,7 @@ from vggedge_export.grey import grey_pixels
 from vggedge_export.passes import apply_passes
 from vggedge_export.pipeline import ExportConfig, export
 from vggedge_export.quantization import exact_input_scale
-from vggedge_export.verification import LabelledImages, keras_scores
+from vggedge_export.verification import Images, LabelledImages, keras_scores
 from vggedge_runtime.bundle import Bundle
 from vggedge_runtime.errors import ModelError
 from vggedge_runtime.preprocess import ImageSpec, Normalization
@@ -78,7 +78,7 @@ def test_the_graph_makes_the_same_grey_to_the_last_level(precision: str, run_gra
         ("head/offset", "Add"),
     ]
     assert graph.inputs == [value_info("images", np.uint8, ["N", 256, 256, 3])]
-    assert exact_input_scale(graph) == {"head/offset": 1 / 128}
+    assert exact_input_scale(graph) == {"conv": 1 / 128}
     graph = rounding_twin(float16_graph(graph)) if precision == "fp16" else graph
     graph.outputs = [value_info("head/offset", np.float32, ["N", 1, 256, 256])]
     graph.drop_unused()
@@ -98,9 +98,9 @@ def test_a_grey_model_is_exported_in_all_precisions(
     images = np.random.default_rng(1).integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
     data = LabelledImages("noise", images, np.arange(24) % 3)
     spec = ImageSpec(height=16, width=16, normalization=normalization)
-    config = ExportConfig(engine="none")
+    config = ExportConfig(engine="none", calibrator="max")
     labels = ("a", "b", "c")
-    export(model, tmp_path / "b", image=spec, labels=labels, calibration=data, evaluation=data, config=config)
+    export(model, tmp_path / "b", image=spec, labels=labels, images=Images(data, data), config=config)
     manifest = Bundle.open(tmp_path / "b").manifest
     (words,) = manifest.adaptations
     assert words.startswith("input: grey made of RGB, as Pillow's convert('L') does")

@@ -14,13 +14,18 @@ from PIL import Image
 
 from vggedge.architecture import get_spec
 from vggedge.cli import export
+from vggedge.cli.export_tables import describe_graph, print_export
 from vggedge.data import open_images
 from vggedge.model import ModelCard, build_vgg, read_model, write_model
-from vggedge_export.pipeline import ExportResult
-from vggedge_runtime.bundle import Bundle
+from vggedge_export.pipeline import ExportConfig, ExportResult
+from vggedge_export.verification import Images
+from vggedge_runtime.bundle import Bundle, GraphRecord
 from vggedge_runtime.errors import ModelError
+from vggedge_runtime.evidence import CalibrationRecord, Comparison
+from vggedge_runtime.paired import build_paired_change
 from vggedge_runtime.preprocess import ImageSpec
 from vggedge_runtime.session import Session
+from vggedge_runtime.statistics import build_proportion
 
 CommandLine = Callable[..., tuple[object, str, str]]
 FINGERS = ("0", "1", "2", "3", "4", "5")
@@ -39,7 +44,8 @@ class TestRefusedBeforeTensorFlowLoads:
         (tmp_path / "text.keras").write_text("no archive")
         (tmp_path / "folder.keras").mkdir()
         (tmp_path / "weights.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
-        for name in ("good", "no-image", "no-labels", "bad-labels", "bad-image"):
+        (tmp_path / "bad-ranges.ranges.json").write_text('{"fc1": 0}')
+        for name in ("good", "bad-ranges", "no-image", "no-labels", "bad-labels", "bad-image"):
             with zipfile.ZipFile(tmp_path / f"{name}.keras", "w") as archive:
                 archive.writestr("config.json", "{}")
         (tmp_path / "no-image.labels.txt").write_text("a\nb\n")
@@ -62,6 +68,14 @@ class TestRefusedBeforeTensorFlowLoads:
             ("good", "new", ("--precision", "fp32,int4,"), 2, "int4"),
             ("good", "new", ("--precision", " , "), 2, "precisions are ()"),
             ("good", "new", ("--calibration-images", "0"), 2, "--calibration-images"),
+            ("good", "new", ("--selection-images", "0"), 2, "--selection-images"),
+            ("good", "new", ("--selection-images", "9", "--calibrator", "max"), 2, "nothing is to be chosen"),
+            ("good", "new", ("--selection-images", "9", "--precision", "fp16", "--max-drop", "1"), 2, "chosen"),
+            ("good", "new", ("--calibrator", "median"), 2, "known: auto, max, percentile, entropy, mse"),
+            ("good", "new", ("--max-drop", "-1"), 2, "max_drop is -1; needed are 0 to 100 points"),
+            ("good", "new", ("--max-drop", "nan"), 2, "max_drop is nan"),
+            ("good", "new", ("--accept-undecided",), 2, "accept_undecided without max_drop"),
+            ("bad-ranges", "new", (), 1, "bad-ranges.ranges.json: no INT8 ranges"),
             ("good", "new", ("--precision",), 2, "--precision"),
             ("good", "new", ("--engine",), 1, "neither tensorrt nor tensorrt_rtx is installed"),
             ("nowhere", "new", (), 1, "nowhere.keras: no such file"),
@@ -140,6 +154,7 @@ class TestOptions:
             return {"bundle": str(path)}
 
         monkeypatch.setattr(export, "read_card", lambda path: asked["card"])
+        monkeypatch.setattr(export, "read_ranges", lambda path: asked.get("ranges"))
         monkeypatch.setattr(export, "read_model", read_model)
         monkeypatch.setattr(export, "normalizing_layer", lambda model: asked["inside"])
         monkeypatch.setattr(export, "check_exportable", lambda model, normalization: None)
@@ -161,30 +176,104 @@ class TestOptions:
         assert (asked["image"], asked["labels"]) == (spec, FINGERS)
         assert (asked["config"].precisions, asked["config"].engine) == (("int8", "fp16"), "none")
 
-    def test_calibration_and_evaluation_share_no_image(self, asked: dict[str, Any], command_line: CommandLine) -> None:
-        assert self.run(command_line, "--calibration", "fingers:60", "--calibration-images", 12, "--json")[0] == 0
-        calibration, evaluation = asked["calibration"], asked["evaluation"]
-        assert (len(calibration.images), len(evaluation.images)) == (12, 48)
-        np.testing.assert_array_equal(np.bincount(calibration.targets), [2] * 6)
-        source = open_images("fingers:60", ImageSpec(height=64, width=64)).read()
-        pixels = [image.tobytes() for part in (calibration, evaluation) for image in part.images]
-        assert sorted(pixels) == sorted(image.tobytes() for image in source)
-        assert len(set(pixels)) == 60
-
-    def test_never_more_than_half_is_for_calibration(self, asked: dict[str, Any], command_line: CommandLine) -> None:
+    def test_without_options_nothing_is_limited_and_all_calibrators_are_compared(
+        self, asked: dict[str, Any], command_line: CommandLine
+    ) -> None:
         assert self.run(command_line, "--calibration", "fingers:24", "--json")[0] == 0
-        assert len(asked["calibration"].images) == len(asked["evaluation"].images) == 12
+        assert asked["config"] == ExportConfig(engine="none")
+        assert (asked["config"].calibrator, asked["config"].max_drop) == ("auto", None)
+        assert asked["ranges"] is None
+
+    def test_every_choice_of_precision_reaches_the_pipeline(
+        self, asked: dict[str, Any], command_line: CommandLine
+    ) -> None:
+        asked["ranges"] = {"fc1": 3.5}
+        options = ["--max-drop", "1.5", "--accept-undecided", "--calibrator", "mse", "--no-int8-first", "--int8-last"]
+        assert self.run(command_line, "--calibration", "fingers:24", *options, "--json")[0] == 0
+        assert asked["config"] == ExportConfig(
+            max_drop=1.5,
+            accept_undecided=True,
+            calibrator="mse",
+            quantize_first=False,
+            quantize_last=True,
+            engine="none",
+        )
+        assert asked["ranges"] == {"fc1": 3.5}
+
+    def test_the_cache_is_the_users_unless_none_is_wanted(
+        self, asked: dict[str, Any], command_line: CommandLine, users_cache: Path
+    ) -> None:
+        assert self.run(command_line, "--calibration", "fingers:24", "--json")[0] == 0
+        assert asked["cache"] == users_cache / "vggedge/calibration"
+        assert self.run(command_line, "--calibration", "fingers:24", "--no-cache", "--json")[0] == 0
+        assert asked["cache"] is None
+
+    def pixels(self, images: Images, source: str) -> None:
+        """Check that all sets together are ``source``, each image once."""
+        found = [image.tobytes() for each in images.by_use().values() for image in each.images]
+        whole = open_images(source, ImageSpec(height=64, width=64)).read()
+        assert sorted(found) == sorted(image.tobytes() for image in whole)
+        assert len(set(found)) == len(found)
+
+    def test_calibration_selection_and_evaluation_share_no_image(
+        self, asked: dict[str, Any], command_line: CommandLine
+    ) -> None:
+        options = ["--calibration-images", 12, "--selection-images", 18, "--json"]
+        assert self.run(command_line, "--calibration", "fingers:60", *options)[0] == 0
+        images = asked["images"]
+        assert {use: len(each.images) for use, each in images.by_use().items()} == {
+            "calibration": 12,
+            "selection": 18,
+            "evaluation": 30,
+        }
+        np.testing.assert_array_equal(np.bincount(images.calibration.targets), [2] * 6)
+        self.pixels(images, "fingers:60")
+
+    def test_never_more_than_a_third_is_for_calibration(self, asked: dict[str, Any], command_line: CommandLine) -> None:
+        assert self.run(command_line, "--calibration", "fingers:24", "--json")[0] == 0
+        assert [len(each.images) for each in asked["images"].by_use().values()] == [8, 8, 8]
+
+    @pytest.mark.parametrize("options", [("--calibrator", "max"), ("--precision", "fp16", "--max-drop", "1")])
+    def test_where_nothing_is_chosen_no_image_is_for_that(
+        self, options: tuple[str, ...], asked: dict[str, Any], command_line: CommandLine
+    ) -> None:
+        assert self.run(command_line, "--calibration", "fingers:24", *options, "--json")[0] == 0
+        assert asked["images"].selection is None
+        assert (len(asked["images"].calibration.images), len(asked["images"].evaluation.images)) == (12, 12)
+
+    @pytest.mark.parametrize(("options", "count"), [((), 500), (("--max-drop", "1"), 700)])
+    def test_a_plan_is_searched_on_more_images_than_a_calibrator(
+        self, options: tuple[str, ...], count: int, asked: dict[str, Any], command_line: CommandLine
+    ) -> None:
+        asked["card"] = ModelCard(labels=FINGERS, image=ImageSpec(height=8, width=8))
+        data = ["--calibration", "fingers:800", "--calibration-images", 100, "--evaluation", "fingers:12@9"]
+        assert self.run(command_line, *data, *options, "--json")[0] == 0
+        assert len(asked["images"].selection.images) == count
+
+    def test_the_seed_is_that_of_the_choice_of_images(self, asked: dict[str, Any], command_line: CommandLine) -> None:
+        found = []
+        for seed in (0, 0, 1):
+            options = ["--calibration", "fingers:60", "--calibration-images", 12, "--seed", seed, "--json"]
+            assert self.run(command_line, *options)[0] == 0
+            self.pixels(asked["images"], "fingers:60")
+            found.append([each.images.tobytes() for each in asked["images"].by_use().values()])
+        assert found[0] == found[1]
+        assert all(first != other for first, other in zip(found[0], found[2], strict=True))
 
     def test_evaluation_of_its_own(self, asked: dict[str, Any], command_line: CommandLine) -> None:
         options = ["--calibration", "fingers:60", "--evaluation", "fingers:18@9", "--calibration-images", 30, "--json"]
         assert self.run(command_line, *options)[0] == 0
-        assert (asked["calibration"].name, len(asked["calibration"].images)) == ("fingers:60@0", 30)
-        assert (asked["evaluation"].name, len(asked["evaluation"].images)) == ("fingers:18@9", 18)
+        named = {use: (each.name, len(each.images)) for use, each in asked["images"].by_use().items()}
+        assert named == {
+            "calibration": ("fingers:60@0", 30),
+            "selection": ("fingers:60@0", 30),
+            "evaluation": ("fingers:18@9", 18),
+        }
 
     def test_without_a_card_the_labels_are_the_datas_and_that_is_said(
         self, asked: dict[str, Any], command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(export, "_print_tables", lambda result: None)
+        monkeypatch.setattr(export, "print_export", lambda result: None)
         asked["shape"] = (None, 32, 48, 3)
         code, out, err = self.run(command_line, "--calibration", "fingers:24")
         assert (code, out) == (0, "")
@@ -229,7 +318,7 @@ class TestOptions:
         self, asked: dict[str, Any], command_line: CommandLine
     ) -> None:
         assert self.run(command_line, "--calibration", "fingers:24", "--json")[0] == 0
-        assert asked["evaluation"].name == "the rest of fingers:24@0, which training may have seen"
+        assert asked["images"].evaluation.name == "the rest of fingers:24@0, which training may have seen"
 
     @pytest.mark.parametrize(
         ("model", "options", "code", "message"),
@@ -243,7 +332,7 @@ class TestOptions:
             ({}, ("--pixels", "0-1"), 2, "--pixels is '0-1'; known: raw, 0..1"),
             ({"labels": FINGERS}, ("--pixels", "0..1"), 2, "leave --pixels out"),
             ({}, ("--calibration", "nowhere"), 1, "nowhere: no such folder"),
-            ({}, ("--calibration", "fingers:6"), 1, "a split into two parts needs at least 2"),
+            ({}, ("--calibration", "fingers:2"), 1, "2 image(s), and 3 sets are made of them"),
         ],
     )
     def test_what_does_not_fit(
@@ -280,7 +369,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_real_export(
-    model: Path, tiny_bundle: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    tiny_bundle: Path,
+    command_line: CommandLine,
+    capsys: pytest.CaptureFixture[str],
+    users_cache: Path,
 ) -> None:
     """Into the place of an older bundle; its JSON is the whole result, its tables say the same."""
     options = ["--calibration", "fingers:36", "--calibration-images", 12, "--precision", "int8", "--no-engine"]
@@ -292,7 +385,7 @@ def test_a_real_export(
     assert result.manifest == Bundle.open(tiny_bundle).manifest
     assert tuple(result.manifest.graphs) == ("fp32", "int8", "int8-rtx")
     fp32, int8 = result.manifest.graphs["fp32"].evidence, result.manifest.graphs["int8"].evidence
-    assert (fp32.against, fp32.images, fp32.agreement.count) == ("keras", 24, 24)
+    assert (fp32.against, fp32.images, fp32.agreement.count) == ("keras", 12, 12)
     assert fp32.max_abs_difference < 1e-4
     assert fp32.accuracy == result.manifest.keras_accuracy
     assert int8.against == "fp32"
@@ -302,12 +395,93 @@ def test_a_real_export(
     with Session.open(tiny_bundle, precision="fp32") as exact, Session.open(tiny_bundle, precision="int8") as coarse:
         np.testing.assert_allclose(exact.predict(image), coarse.predict(image), atol=0.1)
 
-    export._print_tables(result)
+    print_export(result)
     shown = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in shown.splitlines() if line.strip()}
-    assert "Proof on the rest of fingers:36@0, which training may have seen, 24 images" in shown
+    assert "Proof on the rest of fingers:36@0, which training may have seen, 12 images" in shown
     assert {"fp32", "int8", "int8-rtx"} <= set(rows)
+    for name in ("int8", "int8-rtx"):
+        calibration = result.manifest.graphs[name].calibration
+        scores = ", ".join(f"{each.method} {each.divergence:.2g}" for each in calibration.candidates)
+        assert f"{name}: INT8 ranges by {calibration.method}; divergence from float, nats an image: {scores}." in shown
+        change = str(result.manifest.graphs[name].evidence.change).replace(" points", "")
+        assert next(line for line in shown.splitlines() if line.split()[:1] == [name]).count(change) == 1
+    assert "Gate" not in shown
+    assert list((users_cache / "vggedge/calibration").glob("*.npz"))
     assert f"Bundle: {tiny_bundle}" in shown
+
+
+FEW = ["--calibration", "fingers:60", "--calibration-images", 12, "--precision", "int8", "--no-engine"]
+
+
+def test_a_gate_that_images_cannot_decide_ends_with_code_3_and_the_old_bundle_as_it_was(
+    model: Path, tiny_bundle: Path, command_line: CommandLine
+) -> None:
+    before = {path: path.read_bytes() for path in tiny_bundle.parent.rglob("*") if path.is_file()}
+    code, out, err = command_line("export", model, "-o", tiny_bundle, *FEW, "--max-drop", "2", "--calibrator", "max")
+    assert (code, out) == (3, "")
+    assert "not enough images to decide: the loss is between" in err
+    assert "allowed are 2.00" in err
+    assert "Nothing was written. To go on, prove on more images (--evaluation, --evaluation-images)" in err
+    assert {path: path.read_bytes() for path in tiny_bundle.parent.rglob("*") if path.is_file()} == before
+
+
+def test_what_is_let_through_undecided_is_told_as_that(
+    model: Path, tmp_path: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--max-drop", "2", "--accept-undecided", "--calibrator", "max"]
+    code, out, _ = command_line("export", model, "-o", tmp_path / "b", *FEW, *options, "--json")
+    assert code == 0
+    result = msgspec.json.decode(out, type=ExportResult)
+    manifest = result.manifest
+    assert manifest == Bundle.open(tmp_path / "b").manifest
+    assert manifest.gate is not None
+    assert (manifest.gate.max_drop, manifest.gate.accept_undecided) == (2.0, True)
+    assert list(manifest.gate.verdicts) == list(manifest.graphs)[1:]
+    assert {verdict.decision for verdict in manifest.gate.verdicts.values()} == {"undecided"}
+    print_export(result)
+    shown = capsys.readouterr().out
+    for name, graph in list(manifest.graphs.items())[1:]:
+        assert f"Gate, {name}: let through undecided: {manifest.gate.verdicts[name].describe()}." in shown
+        plan = graph.plan
+        assert plan is not None
+        assert f"{name}: INT8 ranges by max." in shown
+        assert f"{name}: {100 * plan.chosen.int8_share:.2f} % of the multiply-accumulates in INT8" in shown
+        assert f"{plan.rule}. Plot: plans/{name}.png." in shown
+        assert (tmp_path / "b/plans" / f"{name}.png").is_file()
+
+
+def record(**changes: Any) -> GraphRecord:
+    """Of a graph on 100 images that loses 12 and gains 2."""
+    before, after = np.ones(100, bool), np.arange(100) >= 12
+    before[12:14] = False
+    proof = Comparison(
+        against="fp32",
+        obtained="emulated",
+        images=100,
+        max_abs_difference=0.5,
+        agreement=build_proportion(86, 100),
+        accuracy=build_proportion(88, 100),
+        change=build_paired_change(before, after),
+    )
+    settings = {"file": "f", "precision": "int8", "made_for": (), "op_counts": {}, "evidence": proof} | changes
+    return GraphRecord(**settings)
+
+
+def test_a_loss_that_is_no_chance_is_pointed_out() -> None:
+    (line,) = describe_graph("int8", record())
+    assert line == (
+        "int8: loses accuracy, and not by chance: 12 images lost, 2 gained (exact McNemar test, p = 0.013)."
+    )
+
+
+def test_layers_kept_in_fp32_and_trained_ranges_are_said() -> None:
+    calibration = CalibrationRecord(method="trained")
+    lines = describe_graph("fp16", record(kept_fp32={"conv": 123456.0, "fc": 70000.0}, calibration=calibration))[1:]
+    assert lines == [
+        "fp16: in FP32, out of FP16's range: conv (1.2e+05), fc (7e+04).",
+        "fp16: INT8 ranges as training fixed them.",
+    ]
 
 
 def test_a_card_for_a_grey_model_of_one_unit_has_two_labels(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from vggedge.analysis import analyse
 from vggedge.architecture import NORMALIZATIONS, SPECS, get_spec
-from vggedge.model import ModelCard, build_vgg, check_output, read_model, write_model
+from vggedge.model import ModelCard, build_vgg, check_output, read_model, read_ranges, write_model
 from vggedge_runtime.errors import ModelError, UsageError
 from vggedge_runtime.preprocess import ImageSpec
 
@@ -291,6 +291,50 @@ def test_what_described_the_model_before_goes_with_it(tmp_path: Path) -> None:
     write_model(build_vgg(spec), path, ModelCard(labels=("a", "b"), image=ImageSpec(height=32, width=32)))
     found = sorted(file.name for file in tmp_path.iterdir())
     assert found == ["m.image.json", "m.keras", "m.labels.txt", "other.history.json"]
+
+
+RANGES = {"block1_conv1": 127 / 128, "fc1": 3.5e-5}
+
+
+def test_ranges_go_with_the_model_they_belong_to(tiny: Any, tmp_path: Path) -> None:
+    path = tmp_path / "hand.v2.keras"
+    assert read_ranges(path) is None
+    written = write_model(tiny, path, CARD, ranges=RANGES)
+    assert [file.name for file in written] == [
+        "hand.v2.keras", "hand.v2.labels.txt", "hand.v2.image.json", "hand.v2.ranges.json",
+    ]  # fmt: skip
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(file.name for file in written)
+    assert read_ranges(path) == RANGES
+    write_model(tiny, path, CARD)
+    assert read_ranges(path) is None
+
+
+def test_a_new_model_never_stands_beside_the_ranges_of_another(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between two renames, the ranges are gone and not wrong: export then measures them."""
+    path = tmp_path / "m.keras"
+    write_model(tiny, path, CARD, ranges=RANGES)
+    replace = Path.replace
+
+    def stop(self: Path, target: Any) -> Path:
+        if self.suffix != ".keras":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_model(tiny, path, CARD, ranges={"fc1": 1.0})
+    assert read_ranges(path) is None
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"{}", b"[1]", b'{"fc1": 0}', b'{"fc1": -1}', b'{"fc1": "1"}', b'{"fc1": 1e999}', b"\xff"]
+)
+def test_damaged_ranges_are_an_error_that_names_the_file(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "m.ranges.json").write_bytes(content)
+    with pytest.raises(ModelError, match=r"m\.ranges\.json: no INT8 ranges .* Run vggedge finetune again, or remove"):
+        read_ranges(tmp_path / "m.keras")
 
 
 def test_what_a_killed_writing_left_goes_with_the_next(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
 """The command line: one file a command; each parses, calls and prints, and holds no logic of its own.
 
 Tables go to stdout, progress and diagnostics to stderr, so that ``--json`` can be piped. Exit codes:
-0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C; 3 is kept for gates (accuracy, latency), which no command
-has yet.
+0 done, 1 failed, 2 wrong usage, 3 a gate was not met (export and verify: accuracy), 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 import vggedge
-from vggedge.cli import bench, evaluate, export, images, import_weights, infer, models, output, train
+from vggedge.cli import bench, evaluate, export, finetune, images, import_weights, infer, models, output, train, verify
 from vggedge_runtime.errors import VggedgeError
 
 
@@ -41,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (models, train, evaluate, import_weights, export, infer, bench, images):
+for module in (models, train, finetune, evaluate, import_weights, export, infer, bench, verify, images):
     app.command(module.NAME)(module.command)
 
 

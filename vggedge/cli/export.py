@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -12,12 +14,16 @@ import typer
 
 from vggedge.architecture import PIXELS
 from vggedge.cli import output
+from vggedge.cli.export_tables import print_export
 from vggedge.data import ImageSet
-from vggedge.data.selection import divide, open_pair
-from vggedge.model import ModelCard, read_card, read_model
+from vggedge.data.selection import Division, divide, open_pair
+from vggedge.model import ModelCard, read_card, read_model, read_ranges
+from vggedge_export.calibration import cache_folder
+from vggedge_export.calibrators import CALIBRATORS
+from vggedge_export.choosing import AUTO, CALIBRATOR_IMAGES
 from vggedge_export.conversion import check_exportable, class_count, normalizing_layer
-from vggedge_export.pipeline import ExportConfig, ExportResult, export
-from vggedge_export.verification import LabelledImages
+from vggedge_export.pipeline import ExportConfig, export
+from vggedge_export.verification import Images, LabelledImages
 from vggedge_runtime.bundle import check_replaceable
 from vggedge_runtime.errors import UsageError
 from vggedge_runtime.preprocess import ImageSpec, Normalization, Pixels
@@ -25,6 +31,12 @@ from vggedge_runtime.progress import Advance
 from vggedge_runtime.tensorrt_api import load_tensorrt
 
 NAME = "export"
+
+_PLAN_IMAGES = 2000
+"""Images to search a plan on: with fewer a loss of half a point cannot be told from none."""
+
+_accuracy = partial(typer.Option, rich_help_panel="Accuracy")
+_images = partial(typer.Option, rich_help_panel="Images")
 
 _PIXELS: dict[str, Normalization | None] = {
     "raw": None,
@@ -37,69 +49,202 @@ _PIXELS: dict[str, Normalization | None] = {
 """--pixels: what is done to pixels from 0 to 255 before the network."""
 
 
+Evaluation: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="DATA to prove the graphs on, best never seen in training; the rest of --calibration if left out."
+    ),
+]
+PixelsOption: TypeAlias = Annotated[
+    str | None, typer.Option(help=f"What the network takes, if it does not say: {', '.join(_PIXELS)}.")
+]
+MaxDrop: TypeAlias = Annotated[
+    float | None,
+    _accuracy(
+        metavar="POINTS",
+        help="What a graph may lose against fp32. INT8 graphs that lose more keep layers in float; what still loses "
+        "more, or cannot be told from it, is not exported (exit code 3).",
+    ),
+]
+AcceptUndecided: TypeAlias = Annotated[
+    bool, _accuracy("--accept-undecided", help="Export, too, what the images are too few to decide on.")
+]
+Calibrator: TypeAlias = Annotated[
+    str, _accuracy(help=f"How INT8 ranges are set: {AUTO} compares {', '.join(CALIBRATORS)}, or one of them.")
+]
+Int8First: TypeAlias = Annotated[
+    bool, _accuracy("--int8-first/--no-int8-first", help="The first convolution in INT8, too.")
+]
+Int8Last: TypeAlias = Annotated[
+    bool, _accuracy("--int8-last/--no-int8-last", help="The layer that makes the logits in INT8, too.")
+]
+CalibrationImages: TypeAlias = Annotated[
+    int, _images(min=1, help="How many set the INT8 ranges, at most; as many of each class.")
+]
+SelectionImages: TypeAlias = Annotated[
+    int | None,
+    _images(
+        min=1,
+        help="How many images of --calibration choose the calibrator and the layers in INT8, at most (default: "
+        f"{CALIBRATOR_IMAGES}; with --max-drop {_PLAN_IMAGES}).",
+    ),
+]
+
+
+_Model: TypeAlias = Annotated[Path, typer.Argument(help="MODEL.keras, as written by vggedge train or by Keras.")]
+_Calibration: TypeAlias = Annotated[str, typer.Option(help="DATA whose images set the INT8 ranges.")]
+_Bundle: TypeAlias = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder of the bundle; an older bundle is replaced.")
+]
+_Evaluation: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="DATA to prove the graphs on, best never seen in training; the rest of --calibration if left out."
+    ),
+]
+_Precision: TypeAlias = Annotated[str, typer.Option(help="Graphs to make, comma-separated.")]
+_MaxDrop: TypeAlias = Annotated[
+    float | None,
+    _accuracy(
+        metavar="POINTS",
+        help="What a graph may lose against fp32. INT8 graphs that lose more keep layers in float; what still "
+        "loses more, or cannot be told from it, is not exported (exit code 3).",
+    ),
+]
+_AcceptUndecided: TypeAlias = Annotated[
+    bool, _accuracy("--accept-undecided", help="Export, too, what the images are too few to decide on.")
+]
+_Calibrator: TypeAlias = Annotated[
+    str, _accuracy(help=f"How INT8 ranges are set: {AUTO} compares {', '.join(CALIBRATORS)}, or one of them.")
+]
+_Int8First: TypeAlias = Annotated[
+    bool, _accuracy("--int8-first/--no-int8-first", help="The first convolution in INT8, too.")
+]
+_Int8Last: TypeAlias = Annotated[
+    bool, _accuracy("--int8-last/--no-int8-last", help="The layer that makes the logits in INT8, too.")
+]
+_CalibrationImages: TypeAlias = Annotated[
+    int, _images(min=1, help="How many set the INT8 ranges, at most; as many of each class.")
+]
+_SelectionImages: TypeAlias = Annotated[
+    int | None,
+    _images(
+        min=1,
+        help="How many images of --calibration choose the calibrator and the layers in INT8, at most (default: "
+        f"{CALIBRATOR_IMAGES}; with --max-drop {_PLAN_IMAGES}).",
+    ),
+]
+_EvaluationImages: TypeAlias = Annotated[int, _images(min=1, help="How many prove, at most.")]
+_Seed: TypeAlias = Annotated[int, _images(min=0, help="Of the choice of all these images.")]
+_Cache: TypeAlias = Annotated[bool, _images("--cache/--no-cache", help="Keep calibrations in the user's cache folder.")]
+_Engine: TypeAlias = Annotated[bool, typer.Option("--engine/--no-engine", help="Build TensorRT engines, too.")]
+_PixelsOption: TypeAlias = Annotated[
+    str | None, typer.Option(help=f"What the network takes, if it does not say: {', '.join(_PIXELS)}.")
+]
+
+
 def command(
-    model: Annotated[Path, typer.Argument(help="MODEL.keras, as written by vggedge train or by Keras.")],
-    calibration: Annotated[str, typer.Option(help="DATA whose images set the INT8 ranges.")],
-    bundle: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle; an older bundle is replaced.")],
-    evaluation: Annotated[
-        str | None,
-        typer.Option(
-            help="DATA to prove the graphs on, best never seen in training; the rest of --calibration if left out."
-        ),
-    ] = None,
-    precision: Annotated[str, typer.Option(help="Graphs to make, comma-separated.")] = "fp32,fp16,int8",
-    calibration_images: Annotated[int, typer.Option(min=1, help="How many images to calibrate on.")] = 200,
-    evaluation_images: Annotated[int, typer.Option(min=1, help="How many images, at most, to prove on.")] = 2000,
-    engine: Annotated[bool, typer.Option("--engine/--no-engine", help="Build TensorRT engines, too.")] = True,
-    pixels: Annotated[
-        str | None, typer.Option(help=f"What the network takes, if it does not say: {', '.join(_PIXELS)}.")
-    ] = None,
+    model: _Model,
+    calibration: _Calibration,
+    bundle: _Bundle,
+    evaluation: _Evaluation = None,
+    precision: _Precision = "fp32,fp16,int8",
+    max_drop: _MaxDrop = None,
+    accept_undecided: _AcceptUndecided = False,
+    calibrator: _Calibrator = AUTO,
+    int8_first: _Int8First = True,
+    int8_last: _Int8Last = False,
+    calibration_images: _CalibrationImages = 200,
+    selection_images: _SelectionImages = None,
+    evaluation_images: _EvaluationImages = 2000,
+    seed: _Seed = 0,
+    cache: _Cache = True,
+    engine: _Engine = True,
+    pixels: _PixelsOption = None,
     json: output.JsonFlag = False,
 ) -> None:
     """Convert MODEL.keras to a bundle: FP32, FP16 and INT8 graphs, engines, and the proof of each."""
     config = ExportConfig(
         precisions=tuple(part.strip() for part in precision.split(",") if part.strip()),
+        calibrator=calibrator,
+        quantize_first=int8_first,
+        quantize_last=int8_last,
+        max_drop=max_drop,
+        accept_undecided=accept_undecided,
         engine="auto" if engine else "none",
     )
     # What can be refused without TensorFlow is refused before it loads.
+    counts = _Counts(calibration_images, _selection_images(config, selection_images), evaluation_images, seed)
     if pixels is not None and pixels not in _PIXELS:
         raise UsageError(f"--pixels is {pixels!r}; known: {', '.join(_PIXELS)}.")
     check_replaceable(bundle)
     card = read_card(model)
     if card is not None and pixels is not None:
         raise UsageError(f"{model}: the image spec beside it says how its pixels are normalised; leave --pixels out.")
+    ranges = read_ranges(model)
     sources = open_pair(calibration, evaluation, card.image) if card else None
     if engine:
         load_tensorrt()
-    # TensorFlow's oneDNN allocator never gives memory back: 0.8 GB more for the full VGG-16 until the end.
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     with output.progress(quiet=json) as advance:
-        advance(0, 1, "loading the model")
-        network, _ = read_model(model)
-        advance(1, 1, "loading the model")
-        spec = card.image if card else _spec_of(network, pixels)
+        holder = [_load_model(model, advance)]
+        spec = card.image if card else _spec_of(holder[0], pixels)
         sources = sources or open_pair(calibration, evaluation, spec)
-        for each in filter(None, sources):
-            output.print_skipped(each.skipped)
-        labels = _labels(card, sources[0].labels, class_count(network), json)
-        chosen, held_out = divide(*sources, calibration_images, evaluation_images)
-        sets = _load(chosen, "calibration", advance), _load(held_out, "evaluation", advance)
-        holder = [network]  # export then has the only reference, and frees the weights when it can
-        del network
         result = export(
-            holder.pop,
+            holder.pop,  # export then has the only reference, and frees the weights when it can
             bundle,
             image=spec,
-            labels=labels,
-            calibration=sets[0],
-            evaluation=sets[1],
+            labels=_labels(card, sources[0].labels, class_count(holder[0]), json),
+            images=_read_images(sources, counts, advance),
+            ranges=ranges,
+            cache=cache_folder() if cache else None,
             config=config,
             progress=advance,
         )
-    if json:
-        output.print_json(result)
-    else:
-        _print_tables(result)
+    output.print_json(result) if json else print_export(result)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """How many images are for what, at most, and the seed of their choice."""
+
+    calibration: int
+    selection: int
+    evaluation: int
+    seed: int
+
+
+def _load_model(path: Path, advance: Advance) -> Any:
+    # TensorFlow's oneDNN allocator never gives memory back: 0.8 GB more for the full VGG-16 until the end.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    advance(0, 1, "loading the model")
+    network, _ = read_model(path)
+    advance(1, 1, "loading the model")
+    return network
+
+
+def _read_images(sources: tuple[ImageSet, ImageSet | None], counts: _Counts, advance: Advance) -> Images:
+    for each in filter(None, sources):
+        output.print_skipped(each.skipped)
+    divided = divide(
+        *sources,
+        calibration_images=counts.calibration,
+        selection_images=counts.selection,
+        evaluation_images=counts.evaluation,
+        seed=counts.seed,
+    )
+    return _read(divided, advance)
+
+
+def _selection_images(config: ExportConfig, asked: int | None) -> int:
+    """How many images are to choose on; 0 where nothing is to be chosen."""
+    if not config.needs_selection:
+        if asked is not None:
+            raise UsageError(
+                f"--selection-images is {asked}, and nothing is to be chosen: that takes INT8 and either --calibrator "
+                f"{AUTO} or a --max-drop. Leave the option out, or ask for one of these."
+            )
+        return 0
+    return asked or (CALIBRATOR_IMAGES if config.max_drop is None else _PLAN_IMAGES)
 
 
 def _spec_of(network: Any, pixels: str | None) -> ImageSpec:
@@ -116,6 +261,14 @@ def _spec_of(network: Any, pixels: str | None) -> ImageSpec:
         )
     _, height, width, _ = network.inputs[0].shape
     return ImageSpec(height=height, width=width, normalization=normalization)
+
+
+def _read(divided: Division, advance: Advance) -> Images:
+    return Images(
+        calibration=_load(divided.calibration, "calibration", advance),
+        selection=_load(divided.selection, "selection", advance) if divided.selection else None,
+        evaluation=_load(divided.evaluation, "evaluation", advance),
+    )
 
 
 def _load(images: ImageSet, what: str, advance: Advance) -> LabelledImages:
@@ -148,49 +301,3 @@ def _labels(card: ModelCard | None, found: tuple[str, ...], classes: int, quiet:
             "Rename the sub-folders to the model's classes."
         )
     return card.labels
-
-
-def _print_tables(result: ExportResult) -> None:
-    manifest = result.manifest
-    rows: list[list[object]] = [["keras", "measured", "", "", manifest.keras_accuracy, ""]]
-    for name, graph in manifest.graphs.items():
-        proof = graph.evidence
-        size = manifest.files[graph.file].size_bytes
-        rows.append(
-            [
-                name,
-                f"{proof.obtained}, against {proof.against}",
-                f"{proof.max_abs_difference:.1e}",
-                f"{100 * proof.agreement.share:.2f} %",
-                proof.accuracy,
-                output.format_bytes(size),
-            ]
-        )
-    fp32 = manifest.graphs["fp32"]
-    columns = ["graph", "how", "max difference", "agreement", "accuracy [95 %]", "size"]
-    output.print_table(f"Proof on {manifest.data['evaluation']}", columns, rows)
-    folded = next(step.nodes_after for step in manifest.passes if step.name == "fold_constants")
-    for words in manifest.adaptations:
-        output.print_line(f"Adapted: {words}.")
-    output.print_line(
-        f"Graph: {folded} nodes once the weights are folded, {sum(fp32.op_counts.values())} after all passes. "
-        "Emulated: a twin of the graph that rounds every result to FP16.\n"
-    )
-    if result.engines:
-        columns = ["engine", "product", "for compute capability", "size", "built in"]
-        output.print_table(
-            "Engines",
-            columns,
-            [
-                [
-                    e.key.graph,
-                    f"{e.key.product} {e.key.version}",
-                    ", ".join(e.key.devices),
-                    output.format_bytes(e.size_bytes),
-                    f"{e.build_seconds:.1f} s",
-                ]
-                for e in result.engines
-            ],
-        )
-        output.print_line("Engines were built, not run: their speed is not measured here.")
-    output.print_line(f"Bundle: {result.bundle}")

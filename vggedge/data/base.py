@@ -57,9 +57,20 @@ class ImageSet:
 
         Classes too rare for a place of their own come in by chance.
         """
-        if count >= len(self):
-            return self
-        generator = np.random.default_rng(seed)
+        return self if count >= len(self) else self.draw(count, seed)[0]
+
+    def draw(self, count: int, seed: int, *, balanced: bool = False, parts: int = 1) -> tuple[ImageSet, ImageSet]:
+        """(at most ``count`` images, all others), chosen by ``seed``.
+
+        Of every class the share it has here, as ``take``; or, ``balanced``, of every class equally many: what a class
+        has too few of, the others make up for. A class gives then no more than one of ``parts`` parts of itself
+        (rounded up) before all the others have given as much, so that the others of a rare class are left.
+        """
+        generator, most = np.random.default_rng(seed), min(count, len(self))
+        chosen = np.sort(self._choose_balanced(most, generator, parts) if balanced else self._choose(most, generator))
+        return self.subset(chosen), self.subset(np.setdiff1d(np.arange(len(self)), chosen))
+
+    def _choose(self, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
         kept: list[NDArray[np.int64]] = []
         left: list[NDArray[np.int64]] = []
         for index in range(len(self.labels)):
@@ -69,7 +80,18 @@ class ImageSet:
             left.append(members[whole:])
         missing = count - sum(map(len, kept))
         kept.append(generator.permutation(np.concatenate(left))[:missing])
-        return self.subset(np.sort(np.concatenate(kept)))
+        return np.concatenate(kept)
+
+    def _choose_balanced(self, count: int, generator: np.random.Generator, parts: int) -> NDArray[np.int64]:
+        whole = [generator.permutation(np.flatnonzero(self.targets == index)) for index in range(len(self.labels))]
+        members = [each[: -(-len(each) // parts)] for each in whole]
+        spare = generator.permutation(np.concatenate([each[-(-len(each) // parts) :] for each in whole]))
+        # Round by round, one of every class that has any left; the last round reaches some classes only, by chance.
+        rounds = [
+            generator.permutation(np.array([each[turn] for each in members if turn < len(each)], dtype=np.int64))
+            for turn in range(max(map(len, members)))
+        ]
+        return np.concatenate([*rounds, spare])[:count]
 
     def split(self, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
         """Split off ``share`` of every class, at least one image each: (rest, split off).

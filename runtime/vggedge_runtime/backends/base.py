@@ -29,6 +29,8 @@ class Backend(ABC):
     """Import name of the library behind it."""
     precisions: ClassVar[tuple[str, ...]]
     """What it runs at its proper speed, best first; ``auto`` takes the first that the bundle has."""
+    computes_fp16_as_fp32: ClassVar[bool] = False
+    """Whether FP16 tensors are FP32 while it runs: what it answers then says nothing about FP16."""
 
     def __init__(self, graph: Path, *, threads: int = 0) -> None:
         """Load ``graph``, an ONNX file whose hash was checked. ``threads`` 0 leaves the number to the library."""

@@ -16,7 +16,8 @@ class OrtBackend(Backend):
 
     name = "ort"
     module = "onnxruntime"
-    precisions = ("fp32",)  # it fuses nothing of the Q/DQ graphs and computes FP16 in FP32
+    precisions = ("fp32",)  # it fuses nothing of the Q/DQ graphs
+    computes_fp16_as_fp32 = True
 
     def _load(self, graph: Path, threads: int) -> None:
         self._session: Any = open_ort_session(graph, threads=threads)
