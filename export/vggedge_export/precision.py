@@ -188,9 +188,11 @@ class GraphMaker:
             wide = underflowing_layers(base, facts.scales) | overflowing_nodes(base, found.largest)
             kept = _layers(base, wide)
             base = float16_graph(base, wide)  # lets the FP32 weights of an equalised graph go
-        graph = quantized_graph(base, recipe, facts.scales)
+        graphs = [quantized_graph(base, recipe, facts.scales)]
         del base
-        self._prove(name, graph, self.answers["fp32"], facts, calibration=calibration, plan=plan, kept_fp32=kept)
+        self._prove(  # which has the only reference then, and can let the weights go
+            name, graphs.pop(), self.answers["fp32"], facts, calibration=calibration, plan=plan, kept_fp32=kept
+        )
         if plan is not None:
             (self.folder / "plans").mkdir(exist_ok=True)
             write_plan_plot(plan, name, self.folder / "plans" / f"{name}.png")

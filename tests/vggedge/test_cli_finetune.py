@@ -102,7 +102,7 @@ def test_wrong_usage_is_found_before_an_image_is_opened(
     def open_images(data: str, spec: ImageSpec) -> Any:
         raise AssertionError("opened")
 
-    monkeypatch.setattr(finetune, "open_images", open_images)
+    monkeypatch.setattr(finetune, "open_labelled", open_images)
     before = trained.read_bytes()
     with pytest.raises(UsageError, match=message):
         run(trained, "fingers", *(argument.format(folder=tmp_path, base=trained) for argument in arguments))

@@ -12,11 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vggedge.cli.verify import _build_place
-from vggedge.data import open_images
 from vggedge_export.reproof import Reproof
 from vggedge_runtime.bundle import write_manifest
-from vggedge_runtime.preprocess import ImageSpec
 from vggedge_runtime.statistics import build_proportion
 
 CommandLine = Callable[..., tuple[object, str, str]]
@@ -130,28 +127,6 @@ def test_files_are_right_where_images_were_taken(make_bundle: Any, photos: Path,
         assert {file.parent for file in files} == {photos / "b-green"}
         found |= files
     assert len(found) > 2
-
-
-def test_a_drawn_image_has_its_number() -> None:
-    spec = ImageSpec(height=8, width=8)
-    whole = open_images("fingers:60", spec)
-    taken = whole.take(12, 3)
-    place = _build_place("fingers:60", whole, 12, 3, taken.read(), spec)
-    numbers = [int(place(row).removeprefix("#")) for row in range(12)]
-    assert len(set(numbers)) == 12
-    assert np.array_equal(whole.read(numbers), taken.read())
-
-
-def test_a_folder_beside_that_is_not_the_data_names_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``fingers`` is drawn, whatever a folder of that name holds."""
-    spec = ImageSpec(height=8, width=8)
-    whole = open_images("fingers:6", spec)
-    for label in whole.labels:
-        (tmp_path / "fingers:6" / label).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / "fingers:6" / label / "black.png")
-    monkeypatch.chdir(tmp_path)
-    place = _build_place("fingers:6", whole, 6, 0, whole.read(), spec)
-    assert [place(row) for row in range(6)] == [f"#{row}" for row in range(6)]
 
 
 class TestGate:
@@ -282,7 +257,7 @@ def test_wrong_options(
 def test_other_classes(tiny_bundle: Path, photos: Path, command_line: CommandLine) -> None:
     code, out, err = command_line("verify", tiny_bundle, photos)
     assert (code, out) == (2, "")
-    assert "answers with the classes red, green, blue, the data has a-red, b-green, c-blue" in err
+    assert "was trained on the classes red, green, blue, the data has a-red, b-green, c-blue" in err
 
 
 def test_no_bundle(photos: Path, command_line: CommandLine) -> None:

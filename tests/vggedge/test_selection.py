@@ -248,3 +248,10 @@ def test_a_division_is_seeded() -> None:
     same, again, other = ([numbers(each) for each in sets_of(share_out(source, seed=seed))] for seed in (3, 3, 4))
     assert same == again
     assert all(first != second for first, second in zip(same, other, strict=True))
+
+
+def test_an_image_is_named_by_its_number_in_the_whole_set_whatever_was_taken() -> None:
+    source = numbered(20, 20)
+    taken, rest = source.draw(12, seed=3)
+    for part in (taken, rest, taken.take(5, seed=1)):
+        assert [part.name_one(row) for row in range(len(part))] == [f"#{number}" for number in numbers(part)]

@@ -11,7 +11,8 @@ import msgspec
 import typer
 
 from vggedge.cli import output
-from vggedge.data import ImageSet, open_images
+from vggedge.cli.reading import open_labelled
+from vggedge.data import ImageSet
 from vggedge.evaluation import Evaluation, Protocol, build_predict, evaluate, frequent_confusions, worst_classes
 from vggedge.model import read_card, read_model
 from vggedge_export.conversion import normalizing_layer
@@ -98,15 +99,9 @@ def _open_data(
     data: str, count: int | None, spec: ImageSpec, labels: tuple[str, ...] | None, *, quiet: bool
 ) -> ImageSet:
     """Open DATA and check that its classes are those of the network; None: the network brings no labels."""
-    found = open_images(data, spec)
-    output.print_skipped(found.skipped)
+    found = open_labelled(data, spec, labels, "the network")
     if labels is None and not quiet:
         output.print_note("no labels file beside the model: labels are the data's class names, images stretched")
-    if labels is not None and found.labels != labels:
-        raise UsageError(
-            f"the network was trained on the classes {', '.join(labels)}, the data has {', '.join(found.labels)}. "
-            "Rename the sub-folders to the network's classes."
-        )
     return found if count is None else found.take(count, seed=0)
 
 

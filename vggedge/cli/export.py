@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
-import numpy as np
 import typer
 
 from vggedge.architecture import PIXELS
 from vggedge.cli import output
 from vggedge.cli.export_tables import print_export
+from vggedge.cli.reading import read_labelled
 from vggedge.data import ImageSet
-from vggedge.data.selection import Division, divide, open_pair
+from vggedge.data.selection import divide, open_pair
 from vggedge.model import ModelCard, read_card, read_model, read_ranges
 from vggedge_export.calibration import cache_folder
 from vggedge_export.calibrators import CALIBRATORS
 from vggedge_export.choosing import AUTO, CALIBRATOR_IMAGES
 from vggedge_export.conversion import check_exportable, class_count, normalizing_layer
 from vggedge_export.pipeline import ExportConfig, export
-from vggedge_export.verification import Images, LabelledImages
+from vggedge_export.verification import Images
 from vggedge_runtime.bundle import check_replaceable
 from vggedge_runtime.errors import UsageError
-from vggedge_runtime.preprocess import ImageSpec, Normalization, Pixels
+from vggedge_runtime.preprocess import ImageSpec, Normalization
 from vggedge_runtime.progress import Advance
 from vggedge_runtime.tensorrt_api import load_tensorrt
 
@@ -232,7 +232,11 @@ def _read_images(sources: tuple[ImageSet, ImageSet | None], counts: _Counts, adv
         evaluation_images=counts.evaluation,
         seed=counts.seed,
     )
-    return _read(divided, advance)
+    return Images(
+        calibration=read_labelled(divided.calibration, "calibration images", advance),
+        selection=read_labelled(divided.selection, "selection images", advance) if divided.selection else None,
+        evaluation=read_labelled(divided.evaluation, "evaluation images", advance),
+    )
 
 
 def _selection_images(config: ExportConfig, asked: int | None) -> int:
@@ -261,27 +265,6 @@ def _spec_of(network: Any, pixels: str | None) -> ImageSpec:
         )
     _, height, width, _ = network.inputs[0].shape
     return ImageSpec(height=height, width=width, normalization=normalization)
-
-
-def _read(divided: Division, advance: Advance) -> Images:
-    return Images(
-        calibration=_load(divided.calibration, "calibration", advance),
-        selection=_load(divided.selection, "selection", advance) if divided.selection else None,
-        evaluation=_load(divided.evaluation, "evaluation", advance),
-    )
-
-
-def _load(images: ImageSet, what: str, advance: Advance) -> LabelledImages:
-    pixels: Pixels | None = None
-    for index in range(len(images)):
-        image = images.read_one(index)
-        if pixels is None:
-            pixels = np.empty((len(images), *image.shape), np.uint8)
-        pixels[index] = image
-        advance(index + 1, len(images), f"reading {what} images")
-    if pixels is None:
-        raise UsageError(f"{images.name}: no images for {what}.")
-    return LabelledImages(images.name, pixels, images.targets)
 
 
 def _labels(card: ModelCard | None, found: tuple[str, ...], classes: int, quiet: bool) -> tuple[str, ...]:

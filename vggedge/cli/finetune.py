@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from vggedge.cli.output import JsonFlag, print_json, print_note, print_skipped, print_table, progress
+from vggedge.cli.output import JsonFlag, print_json, print_note, print_table, progress
+from vggedge.cli.reading import open_labelled
 from vggedge.cli.train import DataArgument
-from vggedge.data import ImageSet, open_images
+from vggedge.data import ImageSet
 from vggedge.model import ModelCard, check_output, read_card, read_model, write_model
 from vggedge.training import EpochFigures, TrainConfig
 from vggedge.training.finetuning import (
@@ -78,7 +79,7 @@ def command(
             f"{base}: neither labels nor image spec are beside it; needed are {base.stem}.labels.txt, a class a line, "
             f"and {base.stem}.image.json."
         )
-    images = _open_data(data, card)
+    images = open_labelled(data, card.image, card.labels, "the network")
     history, model = _finetune(base, card, images, config, calibration_images)
     files = write_model(model, output, card, ranges=history.ranges)
     files.append(write_finetune_history(history, output))
@@ -89,17 +90,6 @@ def command(
         print_json(answer)
     else:
         _print_answer(answer)
-
-
-def _open_data(data: str, card: ModelCard) -> ImageSet:
-    images = open_images(data, card.image)
-    print_skipped(images.skipped)
-    if images.labels != card.labels:
-        raise UsageError(
-            f"the network was trained on the classes {', '.join(card.labels)}, the data has "
-            f"{', '.join(images.labels)}. Rename the sub-folders to the network's classes."
-        )
-    return images
 
 
 def _finetune(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
-import numpy as np
 import typer
 
 from vggedge.cli import output
-from vggedge.data import ImageSet, open_images
+from vggedge.cli.reading import open_labelled, read_labelled
+from vggedge.data import ImageSet
 from vggedge_export.reproof import (
     GraphProof,
     Limit,
@@ -25,11 +24,7 @@ from vggedge_export.reproof import (
     is_met,
     reprove,
 )
-from vggedge_export.verification import LabelledImages
 from vggedge_runtime.bundle import Bundle
-from vggedge_runtime.errors import UsageError
-from vggedge_runtime.preprocess import ImageSpec, Pixels, find_images, read_image
-from vggedge_runtime.progress import Advance
 
 NAME = "verify"
 
@@ -75,11 +70,10 @@ def command(
     choose_limit(bundle, config)
     with output.progress(quiet=json) as advance:
         check_files(bundle, advance)
-        whole = _open_data(data, bundle)
-        chosen = whole.take(images, seed)
-        loaded = _load(chosen, bundle.manifest.image, advance)
-        place = _build_place(data, whole, images, seed, loaded.images, bundle.manifest.image)
-        result = reprove(bundle, loaded, config, place=place, progress=advance)
+        manifest = bundle.manifest
+        chosen = open_labelled(data, manifest.image, manifest.labels, "the bundle's model").take(images, seed)
+        loaded = read_labelled(chosen, "images", advance)
+        result = reprove(bundle, loaded, config, place=_place_in(chosen), progress=advance)
     result = msgspec.structs.replace(result, bundle=output.format_path(path))
     if json:
         output.print_json(result)
@@ -88,45 +82,8 @@ def command(
     check_gate(result)
 
 
-def _open_data(data: str, bundle: Bundle) -> ImageSet:
-    labels = bundle.manifest.labels
-    found = open_images(data, bundle.manifest.image)
-    output.print_skipped(found.skipped)
-    if found.labels != labels:
-        raise UsageError(
-            f"the bundle answers with the classes {', '.join(labels)}, the data has {', '.join(found.labels)}. "
-            "Rename the sub-folders to the bundle's classes."
-        )
-    return found
-
-
-def _load(images: ImageSet, spec: ImageSpec, advance: Advance) -> LabelledImages:
-    pixels = np.empty((len(images), *spec.shape), np.uint8)
-    for index in range(len(images)):
-        pixels[index] = images.read_one(index)
-        advance(index + 1, len(images), "reading images")
-    return LabelledImages(images.name, pixels, images.targets)
-
-
-def _build_place(
-    data: str, whole: ImageSet, count: int, seed: int, pixels: Pixels, spec: ImageSpec
-) -> Callable[[int], str]:
-    """From a row of ``pixels`` to its file where DATA is a folder, else to its number in DATA.
-
-    ``whole`` is DATA before ``count`` images were taken by ``seed``. It does not say what its images were read from,
-    so a file is named only if it holds these very pixels.
-    """
-    numbers = replace(whole, read_one=lambda index: np.array(index)).take(count, seed)  # the same choice
-    folder = Path(data)
-    files = [file for label in whole.labels for file in find_images(folder / label)] if folder.is_dir() else []
-
-    def place(row: int) -> str:
-        number = int(numbers.read_one(row))
-        if len(files) == len(whole) and np.array_equal(read_image(files[number], spec), pixels[row]):
-            return output.format_path(files[number])
-        return f"#{number}"
-
-    return place
+def _place_in(images: ImageSet) -> Callable[[int], str]:
+    return lambda row: output.format_path(Path(images.name_one(row)))
 
 
 def _print_result(result: Reproof) -> None:

@@ -24,6 +24,7 @@ class ImageSet:
         read_one: from 0..n-1 to one (height, width, 3) uint8 image: what the network is shown.
         read_scaled: from an index and a length in pixels to the same image, whole and with its own aspect ratio,
             whose shorter side has that length: uint8 again. Scale jitter, crops and dense evaluation start there.
+        name_one: from an index to where its user finds that image: its file, or its number in the set as it was named.
         skipped: files that lay among the images and are of no format that is read.
     """
 
@@ -33,6 +34,7 @@ class ImageSet:
     read_one: Callable[[int], Pixels]
     read_scaled: Callable[[int, int], Pixels]
     skipped: tuple[Path, ...] = ()
+    name_one: Callable[[int], str] = "#{}".format
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -50,6 +52,7 @@ class ImageSet:
             targets=self.targets[kept],
             read_one=lambda i: self.read_one(int(kept[i])),
             read_scaled=lambda i, side: self.read_scaled(int(kept[i]), side),
+            name_one=lambda i: self.name_one(int(kept[i])),
         )
 
     def take(self, count: int, seed: int) -> ImageSet:

@@ -51,6 +51,7 @@ def open_folder(folder: Path, spec: ImageSpec, *, name: str | None = None) -> Im
         targets=np.repeat(np.arange(len(counts), dtype=np.int64), counts),
         read_one=read_one,
         read_scaled=lambda index, side: read_scaled_image(paths[index], side, spec.kernel),
+        name_one=lambda index: str(paths[index]),
         skipped=tuple(path for each in classes for path in find_other_files(each)),
     )
 
