@@ -58,6 +58,28 @@ def gpu_name(load: Callable[[str], Any] = ctypes.CDLL) -> str:
     return f"{name.value.decode()} ({major.value}.{minor.value})"
 
 
+def describe_gpu(load: Callable[[str], Any] = ctypes.CDLL) -> dict[str, str]:
+    """What the driver says of the first GPU; never raises, for a process that looks for what is wrong.
+
+    Returns:
+        ``libcuda`` "found" or "missing"; ``cuda``, the newest CUDA that the driver runs, "12.6"; ``name`` and
+        ``capability``, "8.7", of the GPU; or ``error``, why they are not there, and ``status``, what cuInit answers.
+    """
+    try:
+        cuda = load("libcuda.so.1")
+    except OSError as error:
+        return {"libcuda": "missing", "error": str(error)}
+    found = {"libcuda": "found"}
+    version = ctypes.c_int()
+    if cuda.cuDriverGetVersion(ctypes.byref(version)) == 0:
+        found["cuda"] = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    try:
+        name, _, capability = gpu_name(load).rpartition(" (")
+    except EngineError as error:
+        return {**found, "error": str(error).partition(";")[0], "status": str(cuda.cuInit(0))}
+    return {**found, "name": name, "capability": capability.rstrip(")")}
+
+
 def _cpu_name() -> str:
     """Board of a Jetson (its device tree names it), else the processor's model name."""
     try:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vggedge_runtime import device
-from vggedge_runtime.device import describe_environment, gpu_name, tool_versions
+from vggedge_runtime.device import describe_environment, describe_gpu, gpu_name, tool_versions
 from vggedge_runtime.errors import EngineError
 
 
@@ -73,6 +73,32 @@ class TestGpuName:
         """An engine is filed under this name, so half a name is worse than none."""
         with pytest.raises(EngineError, match="does not say what the GPU is"):
             gpu_name(lambda name: FakeDriver(**status))
+
+
+class DriverWithVersion(FakeDriver):
+    def cuDriverGetVersion(self, place: Any) -> int:  # noqa: N802
+        place._obj.value = 12060
+        return self.status.get("version", 0)
+
+
+class TestDescribeGpu:
+    def test_all_of_it(self) -> None:
+        found = describe_gpu(lambda library: DriverWithVersion(b"NVIDIA RTX (TM) 4000", (8, 9)))
+        assert found == {"libcuda": "found", "cuda": "12.6", "name": "NVIDIA RTX (TM) 4000", "capability": "8.9"}
+
+    def test_no_driver(self) -> None:
+        found = describe_gpu(lambda name: ctypes.CDLL("libsurely-not-there.so.1"))
+        assert found.pop("libcuda") == "missing"
+        assert "libsurely-not-there" in found.pop("error")
+        assert found == {}
+
+    def test_a_driver_without_gpu_still_has_a_version(self) -> None:
+        found = describe_gpu(lambda name: DriverWithVersion(init=803))
+        assert found.pop("error") == "the NVIDIA driver is installed but finds no GPU"
+        assert found == {"libcuda": "found", "cuda": "12.6", "status": "803"}
+
+    def test_a_version_that_the_driver_does_not_say(self) -> None:
+        assert "cuda" not in describe_gpu(lambda name: DriverWithVersion(version=1))
 
 
 class TestEnvironment:
