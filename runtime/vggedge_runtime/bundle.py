@@ -22,11 +22,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
-from vggedge_runtime.errors import BundleError, UsageError
+from vggedge_runtime.errors import BundleError, UsageError, VggedgeError
 from vggedge_runtime.evidence import CalibrationRecord, Comparison, GateRecord, LayerRecord, PrecisionPlan
 from vggedge_runtime.preprocess import ImageSpec
 from vggedge_runtime.statistics import Proportion
@@ -37,8 +37,11 @@ MANIFEST = "manifest.json"
 _ENTRIES = frozenset({MANIFEST, "labels.txt", "report.html", "graphs", "golden", "plans", "engines", "cache"})
 """Everything that vggedge writes into a bundle's top folder."""
 
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-"""From a format version to the function that lifts a manifest of it to the next one."""
+Upgrades: TypeAlias = dict[int, Callable[[dict[str, Any]], dict[str, Any]]]
+"""From a format version to the function that lifts JSON of it to the next one; ``format_version`` is set for it."""
+
+UPGRADES: Upgrades = {}
+"""Of manifests: one for every version below FORMAT_VERSION."""
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -65,8 +68,10 @@ class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
         layers: its convolutions and dense layers, in order; none in bundles from before this field.
         calibration: where its INT8 ranges come from; None where it has none.
         plan: which layers are INT8 and why, where a budget was set.
-        kept_fp32: layers of a graph with FP16 that stay FP32, with the magnitude of a weight or tensor that is too
-            large for FP16, which ends at 65504, or so small that its INT8 scale would be none of FP16's normal numbers.
+        kept_fp32: layers of a graph with FP16 that stay FP32, with the largest magnitude that one of their weights or
+            tensors has: FP16 ends at 65504.
+        fp32_scales: INT8 layers of such a graph whose scales are FP32, with the magnitude of the input or weights
+            whose scale would be below FP16's normal numbers.
     """
 
     file: str
@@ -78,6 +83,7 @@ class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
     calibration: CalibrationRecord | None = None
     plan: PrecisionPlan | None = None
     kept_fp32: dict[str, float] = {}
+    fp32_scales: dict[str, float] = {}
 
 
 class GoldenRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,11 +105,14 @@ class DataRecord(msgspec.Struct, frozen=True, kw_only=True):
         name: as the user named them.
         images: how many.
         sha256: of their decoded and resized pixels, in order.
+        seen: of evaluation images, how many had a part in making the graphs, as calibration or selection images of the
+            very same pixels. A proof is worth the more, the fewer.
     """
 
     name: str
     images: int
     sha256: str
+    seen: int = 0
 
     def __str__(self) -> str:
         return f"{self.name}, {self.images} images"
@@ -259,6 +268,42 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(whole), indent=2) + b"\n")
 
 
+def lift(
+    data: dict[str, Any], newest: int, upgrades: Upgrades, kind: type[VggedgeError], source: Path, otherwise: str
+) -> dict[str, Any]:
+    """JSON of any format version so far as JSON of version ``newest``, lifted one version after the other.
+
+    Args:
+        data: as it was read.
+        newest: the version that this vggedge writes.
+        upgrades: one for every version below ``newest``.
+        kind: of the error for what comes from a newer vggedge,
+        source: the file that it names,
+        otherwise: and what can be done instead of upgrading vggedge.
+
+    Raises:
+        VggedgeError: of this kind; the version is above ``newest``.
+        msgspec.ValidationError: damaged; no version, one that never was, or a part missing that an upgrade needs.
+    """
+    version = data.get("format_version")
+    if type(version) is not int:  # JSON's true is an int, too
+        raise msgspec.ValidationError("format_version is missing or no whole number")
+    if version > newest:
+        raise kind(
+            f"{source}: format version {version}; this vggedge reads up to {newest}. Upgrade vggedge here, or "
+            f"{otherwise}."
+        )
+    if version < 1:
+        raise msgspec.ValidationError(f"format_version is {version}; the first one was 1")
+    for older in range(version, newest):
+        upgrade = upgrades[older]
+        try:
+            data = upgrade(data) | {"format_version": older + 1}
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise msgspec.ValidationError(f"not what format version {older} had: {error!r}") from error
+    return data
+
+
 def hash_file(path: Path) -> str:
     """Sha256 of a file's content, hex."""
     digest = hashlib.sha256()
@@ -271,18 +316,9 @@ def hash_file(path: Path) -> str:
 def _parse_manifest(source: Path) -> Manifest:
     try:
         data = msgspec.json.decode(source.read_bytes(), type=dict[str, Any])
-        version = data.get("format_version")
-        if not isinstance(version, int):
-            raise msgspec.ValidationError("format_version is missing")
-        if version > FORMAT_VERSION:
-            raise BundleError(
-                f"{source}: format version {version}; this vggedge reads up to {FORMAT_VERSION}. Upgrade vggedge "
-                "here, or export the bundle with an older one."
-            )
-        for older in range(version, FORMAT_VERSION):
-            data = UPGRADES[older](data)
-        manifest = msgspec.convert(data, Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, UsageError) as error:  # UsageError: by ImageSpec
+        newest = lift(data, FORMAT_VERSION, UPGRADES, BundleError, source, "export the bundle with an older one")
+        manifest = msgspec.convert(newest, Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, UsageError) as error:  # UsageError: by ImageSpec
         raise BundleError(f"{source}: damaged manifest ({error}). Copy or export the bundle again.") from error
     _check_files(manifest, source)
     return manifest

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from vggedge_runtime import bundle as bundles
 from vggedge_runtime.bundle import FORMAT_VERSION, Bundle, check_replaceable, hash_file, write_bundle, write_manifest
+from vggedge_runtime.engine_cache import list_engines, read_engine
 from vggedge_runtime.errors import BundleError
 from vggedge_runtime.preprocess import Normalization
+from vggedge_runtime.session import Session
 
 
 def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -98,25 +101,19 @@ class TestOpen:
         with pytest.raises(BundleError, match=rf"format version {FORMAT_VERSION + 1}; .* up to {FORMAT_VERSION}\. Up"):
             Bundle.open(tiny_bundle)
 
-    def test_version_without_upgrade(self, tiny_bundle: Path) -> None:
-        edit(tiny_bundle, lambda data: data.update(format_version=-1))
-        with pytest.raises(BundleError, match="damaged manifest"):
+    @pytest.mark.parametrize("version", [0, -1])
+    def test_a_version_that_never_was(self, version: int, tiny_bundle: Path) -> None:
+        edit(tiny_bundle, lambda data: data.update(format_version=version))
+        with pytest.raises(
+            BundleError, match=rf"damaged manifest \(format_version is {version}; the first one was 1\)"
+        ):
             Bundle.open(tiny_bundle)
 
-    def test_an_older_version_is_upgraded_step_by_step(
-        self, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def age(data: dict[str, Any]) -> None:
-            data["format_version"] = FORMAT_VERSION - 2
-            data["oldest_labels"] = data.pop("labels")
-
-        def rename(old: str, new: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-            return lambda data: {new if key == old else key: value for key, value in data.items()}
-
-        edit(tiny_bundle, age)
-        monkeypatch.setitem(bundles.UPGRADES, FORMAT_VERSION - 2, rename("oldest_labels", "old_labels"))
-        monkeypatch.setitem(bundles.UPGRADES, FORMAT_VERSION - 1, rename("old_labels", "labels"))
-        assert Bundle.open(tiny_bundle).manifest.labels == ("red", "green", "blue")
+    @pytest.mark.parametrize("version", ["1", True, 1.0, None, [1]])
+    def test_a_version_that_is_no_whole_number(self, version: object, tiny_bundle: Path) -> None:
+        edit(tiny_bundle, lambda data: data.update(format_version=version))
+        with pytest.raises(BundleError, match=r"damaged manifest .*missing or no whole number"):
+            Bundle.open(tiny_bundle)
 
     def test_fields_of_a_later_minor_change_are_ignored(self, tiny_bundle: Path) -> None:
         edit(tiny_bundle, lambda data: data.update(note="added by hand"))
@@ -152,6 +149,125 @@ class TestOpen:
         assert bundle.graph("fp32").file == "graphs/model.fp32.onnx"
         with pytest.raises(BundleError, match=r"no graph 'int8'.*it has: fp32"):
             bundle.graph("int8")
+
+
+class TestUpgrades:
+    """Format version 4, reached by three upgrades that each need the one before."""
+
+    @pytest.fixture
+    def ran(self, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Versions that upgrades found in ``format_version``, in the order in which they ran."""
+        ran: list[int] = []
+
+        def rename(old: str, new: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+            def upgrade(data: dict[str, Any]) -> dict[str, Any]:
+                ran.append(data["format_version"])
+                return {key: value for key, value in data.items() if key != old} | {new: data[old]}
+
+            return upgrade
+
+        upgrades = {
+            2: rename("classes", "names"),
+            1: rename("words", "classes"),
+            3: rename("names", "labels"),
+        }
+        monkeypatch.setattr(bundles, "FORMAT_VERSION", 4)
+        monkeypatch.setattr(bundles, "UPGRADES", upgrades)
+        return ran
+
+    @pytest.mark.parametrize(("version", "field"), [(1, "words"), (2, "classes"), (3, "names"), (4, "labels")])
+    def test_every_older_version_is_lifted_step_by_step(
+        self, version: int, field: str, ran: list[int], tiny_bundle: Path
+    ) -> None:
+        def age(data: dict[str, Any]) -> None:
+            data["format_version"] = version
+            data[field] = data.pop("labels")
+
+        edit(tiny_bundle, age)
+        stored = (tiny_bundle / "manifest.json").read_bytes()
+        manifest = Bundle.open(tiny_bundle).manifest
+        assert manifest.labels == ("red", "green", "blue")
+        assert ran == list(range(version, 4))
+        assert manifest.format_version == 4  # what is in memory is of the newest, whatever the file is
+        assert (tiny_bundle / "manifest.json").read_bytes() == stored
+
+    def test_what_an_upgrade_does_not_find_is_damage(self, ran: list[int], tiny_bundle: Path) -> None:
+        edit(tiny_bundle, lambda data: data.update(format_version=2))  # and has no "classes"
+        with pytest.raises(
+            BundleError, match=r"damaged manifest \(not what format version 2 had: KeyError\('classes'\)\)"
+        ):
+            Bundle.open(tiny_bundle)
+        assert ran == [2]
+
+    @pytest.mark.parametrize("wrong", [None, 3, "text", [1]])
+    def test_a_field_of_another_type_is_damage(
+        self, wrong: object, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def count(data: dict[str, Any]) -> dict[str, Any]:
+            return data | {"parameters": sum(graph["parameters"] for graph in data["graphs"].values())}
+
+        monkeypatch.setattr(bundles, "FORMAT_VERSION", 2)
+        monkeypatch.setattr(bundles, "UPGRADES", {1: count})
+        edit(tiny_bundle, lambda data: data.update(format_version=1, graphs=wrong))
+        with pytest.raises(BundleError, match=r"damaged manifest \(not what format version 1 had"):
+            Bundle.open(tiny_bundle)
+
+    def test_the_future_is_refused_before_any_upgrade(self, ran: list[int], tiny_bundle: Path) -> None:
+        edit(tiny_bundle, lambda data: data.update(format_version=5))
+        with pytest.raises(
+            BundleError, match=r"format version 5; this vggedge reads up to 4\. Upgrade vggedge here, or"
+        ):
+            Bundle.open(tiny_bundle)
+        assert ran == []
+
+    def test_there_is_an_upgrade_from_every_older_version(self) -> None:
+        assert set(bundles.UPGRADES) == set(range(1, FORMAT_VERSION))
+
+
+class TestStoredBundles:
+    """Bundles of every format version, as they were written then; fixtures/README.md tells of them."""
+
+    STORED = sorted(Path(__file__).with_name("fixtures").glob("bundle_*"))
+
+    def test_there_is_one_for_every_version(self) -> None:
+        versions = {json.loads((path / "manifest.json").read_bytes())["format_version"] for path in self.STORED}
+        assert versions == set(range(1, FORMAT_VERSION + 1))
+
+    @pytest.mark.parametrize("path", STORED, ids=lambda path: path.name)
+    def test_opens_and_verifies(self, path: Path) -> None:
+        bundle = Bundle.open(path)
+        manifest = bundle.manifest
+        assert manifest.format_version == FORMAT_VERSION
+        there = {str(each.relative_to(path).as_posix()) for each in path.rglob("*") if each.is_file()}
+        assert set(manifest.files) == {name for name in there if not name.startswith(("engines/", "manifest.json"))}
+        for name in manifest.files:
+            bundle.verified_path(name)
+        for record in list_engines(path):
+            assert len(read_engine(path, record.key)) == record.size_bytes
+        assert all(each.stat().st_size < 10_000 for each in path.rglob("*") if each.name != "manifest.json")
+
+    @pytest.mark.parametrize("path", STORED, ids=lambda path: path.name)
+    def test_says_what_it_said(self, path: Path) -> None:
+        manifest = Bundle.open(path).manifest
+        assert manifest.labels == ("cat", "dog", "Ärger ☂")
+        assert list(manifest.graphs) == ["fp32", "fp16", "mixed-rtx"]
+        mixed = manifest.graphs["mixed-rtx"]
+        assert mixed.plan is not None
+        assert (mixed.plan.max_drop, mixed.plan.chosen.float_layers) == (0.5, ("conv",))
+        assert (mixed.layers[0].snr_db, mixed.evidence.images, len(mixed.evidence.flips)) == (-3.25, 40, 13)
+        assert manifest.image.normalization == Normalization((1, 2, 3), (4, 5, 6))
+        assert manifest.gate is not None
+        assert [verdict.decision for verdict in manifest.gate.verdicts.values()] == ["fail", "undecided", "pass"]
+
+    @pytest.mark.parametrize("graph", ["fp32", "fp16", "mixed-rtx"])
+    @pytest.mark.parametrize("path", STORED, ids=lambda path: path.name)
+    def test_runs(self, path: Path, graph: str) -> None:
+        pytest.importorskip("onnxruntime")
+        with Session.open(path, "ort", graph) as session:
+            bright = np.zeros((3, 4, 6, 3), np.uint8)
+            bright[np.arange(3), ..., np.arange(3)] = 200
+            assert session.predict(bright).argmax(axis=1).tolist() == [0, 1, 2]
+            assert session.predict(bright).max(axis=1) == pytest.approx(0.9999, abs=1e-4)
 
 
 class TestVerifiedPath:
