@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-import functools
 import hashlib
+import importlib
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -13,19 +14,21 @@ import pytest
 
 from vggedge_export import engine as engines
 from vggedge_export.engine import (
+    BuildContext,
     BuiltEngine,
-    EngineConfig,
     build_audited_engine,
     build_engine,
     build_into,
     check_buildable,
     graphs_for,
+    keep_fastest,
 )
+from vggedge_export.engine_config import EngineConfig, check_options
 from vggedge_export.equalization import equalized_graph
 from vggedge_export.float16 import float16_graph
 from vggedge_export.graph import Graph, make_node, value_info
-from vggedge_export.quantization import INT8_RTX, quantized_graph, quantized_layers
-from vggedge_runtime import device, tensorrt_api
+from vggedge_export.quantization import INT8, INT8_RTX, quantized_graph, quantized_layers
+from vggedge_runtime import device, memory, tensorrt_api
 from vggedge_runtime.bundle import (
     FORMAT_VERSION,
     Bundle,
@@ -45,6 +48,7 @@ from vggedge_runtime.statistics import build_proportion
 from vggedge_runtime.tensorrt_api import TensorRtApi, load_tensorrt
 
 pytest.importorskip("onnx")
+FAKES = Path(__file__).parents[1] / "fakes"
 BATCHES = [(1, 1, 1), (1, 4, 8)]
 
 
@@ -60,6 +64,39 @@ def test_batches_in_order_are_taken(batches: tuple) -> None:
 def test_batches_out_of_order_are_refused(batches: tuple) -> None:
     with pytest.raises(UsageError, match="needed is 1 <= smallest <= best <= largest"):
         EngineConfig(batches)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"targets": ("8.9", "sm_90")}, "'sm_90': no compute capability, which looks like 8.9"),
+        ({"targets": ("8.9", "8.9")}, "name one of them twice"),
+        ({"workspace_bytes": 0}, "workspace is 0 bytes"),
+        ({"optimization_level": 6}, "level is 6; known: 0 to 5"),
+        ({"optimization_level": -1}, "level is -1"),
+        ({"keep_best": 0}, "best of 0 engines"),
+        ({"keep_best": 2, "timing_cache": True}, "nothing to compare. Leave one"),
+    ],
+)
+def test_choices_that_no_product_takes_are_refused_at_once(choice: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        EngineConfig(**choice)
+
+
+@pytest.mark.parametrize(
+    ("choice", "options"),
+    [
+        ({}, {}),
+        ({"batches": (1, 4, 8), "targets": ("8.9",)}, {}),  # the key has fields of their own for these
+        ({"keep_best": 3, "timing_cache": None}, {}),  # one of several that are interchangeable
+        ({"timing_cache": False}, {}),
+        ({"tf32": False}, {"tf32": "off"}),
+        ({"optimization_level": 0}, {"optimization_level": "0"}),
+        ({"workspace_bytes": 5}, {"workspace_bytes": "5"}),
+    ],
+)
+def test_the_key_holds_what_makes_the_engine_another(choice: dict[str, Any], options: dict[str, str]) -> None:
+    assert EngineConfig(**choice).options == options
 
 
 @pytest.mark.parametrize(
@@ -267,189 +304,58 @@ def test_a_target_that_the_product_does_not_have_is_refused(rtx: TensorRtApi, rt
         build_engine(other, rtx_graphs["fp32"], (32, 32, 3), EngineConfig())
 
 
-# --- TensorRT proper, which builds on a GPU only: a module that has what this project uses and nothing else
-
-
-class FakeTensorRt:
-    """The part of TensorRT 10 that a build uses. Anything else is an AttributeError, as with slots."""
-
-    __version__ = "10.3.0"
-
-    def __init__(self, **answers: Any) -> None:  # noqa: C901 - one namespace, as the module is
-        answers = {"errors": (), "profile": 0, "plan": b"plan bytes", "says": ()} | answers
-        calls: list[tuple] = []
-        self.calls = calls
-
-        class ILogger:
-            def __init__(self) -> None:
-                pass
-
-        class Config:
-            __slots__ = ("max_aux_streams",)
-
-            def add_optimization_profile(self, profile: Any) -> int:
-                calls.append(("add_optimization_profile",))
-                return answers["profile"]
-
-        class Profile:
-            __slots__ = ()
-
-            def set_shape(self, name: str, *shapes: tuple) -> None:
-                calls.append(("set_shape", name, *shapes))
-
-        class Builder:
-            __slots__ = ("logger",)
-
-            def __init__(self, logger: Any) -> None:
-                assert isinstance(logger, ILogger)
-                self.logger = logger
-
-            def create_network(self, flags: int) -> str:
-                calls.append(("create_network", flags))
-                return "network"
-
-            def create_builder_config(self) -> Config:
-                return Config()
-
-            def create_optimization_profile(self) -> Profile:
-                return Profile()
-
-            def build_serialized_network(self, network: str, config: Config) -> bytes | None:
-                calls.append(("build", network, config.max_aux_streams))
-                for severity, text in answers["says"]:
-                    self.logger.log(SimpleNamespace(name=severity), text)
-                return answers["plan"]
-
-        class OnnxParser:
-            __slots__ = ()
-
-            def __init__(self, network: str, logger: Any) -> None:
-                assert network == "network"
-
-            def parse_from_file(self, source: str) -> bool:
-                assert type(source) is str
-                calls.append(("parse", source))
-                return not answers["errors"]
-
-            @property
-            def num_errors(self) -> int:
-                return len(answers["errors"])
-
-            def get_error(self, index: int) -> Any:
-                said = dict(zip(("node_operator", "node_name", "desc"), answers["errors"][index], strict=True))
-                return SimpleNamespace(
-                    code=lambda: SimpleNamespace(name="CODE"),
-                    **{name: functools.partial(str, text) for name, text in said.items()},
-                )
-
-        self.ILogger, self.Builder, self.OnnxParser = ILogger, Builder, OnnxParser
-        self.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
-
-
-class FakeDriver:
-    """libcuda on a Jetson Orin."""
-
-    def __getattr__(self, name: str) -> Callable[..., int]:
-        def call(*arguments: Any) -> int:
-            if name == "cuDeviceGetName":
-                arguments[0].value = b"Orin"
-            elif name == "cuDeviceGetAttribute":
-                arguments[0]._obj.value = {75: 8, 76: 7}[arguments[1]]
-            return 0
-
-        return call
-
-
-@pytest.fixture
-def enterprise(monkeypatch: pytest.MonkeyPatch) -> Callable[..., TensorRtApi]:
-    """``enterprise(plan=...)``: TensorRT proper as load_tensorrt finds it, on a machine with an Orin."""
-    monkeypatch.setattr(tensorrt_api, "_loggers", {})
-    monkeypatch.setattr(engines, "gpu_name", lambda: device.gpu_name(lambda library: FakeDriver()))
-
-    def make(**answers: Any) -> TensorRtApi:
-        module = FakeTensorRt(**answers)
-        tensorrt_api._loggers.clear()
-        monkeypatch.setattr(tensorrt_api, "installed_products", lambda: ("tensorrt", "tensorrt_rtx"))
-        monkeypatch.setattr(
-            tensorrt_api, "require", lambda name, extra: {("tensorrt", "tensorrt"): module}[name, extra]
-        )
-        return load_tensorrt("auto")
-
-    return make
-
-
-def test_tensorrt_proper_is_preferred_and_builds_for_this_gpu_only(
-    enterprise: Callable[..., TensorRtApi], bundle: Path
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"targets": ("9.9",)}, r"no target 9\.9; it has: 7\.5, 8\.0, 8\.6"),
+        ({"optimization_level": 3}, r"an optimisation level is asked for.*same plan.*--for tensorrt"),
+        ({"timing_cache": True}, r"a timing cache is asked for.*--for tensorrt"),
+        ({"keep_best": 2}, r"the best of 2 builds is asked for.*--for tensorrt"),
+    ],
+)
+def test_what_rtx_lacks_is_refused_with_the_product_that_has_it(
+    choice: dict[str, Any], message: str, rtx: TensorRtApi
 ) -> None:
-    api = enterprise()
-    assert (api.product, api.version, api.builds_without_gpu, api.targets) == ("tensorrt", "10.3.0", False, ())
-    check_buildable(api)
-    record = build_into(bundle, api, "fp32", EngineConfig((1, 4, 8)))
-    check_record(bundle, record, b"plan bytes", (1, 4, 8))
-    assert (record.key.product, record.key.version, record.key.devices) == ("tensorrt", "10.3.0", ("Orin (8.7)",))
-    assert record.audit is None
-    assert api.module.calls == [
-        ("create_network", 2),  # 1 << STRONGLY_TYPED
-        ("parse", str(bundle / "graphs/model.fp32.onnx")),
-        ("set_shape", "images", (1, 8, 8, 3), (4, 8, 8, 3), (8, 8, 8, 3)),
-        ("add_optimization_profile",),
-        ("build", "network", 0),
-    ]
+    with pytest.raises(UsageError, match=message):
+        check_options(rtx, EngineConfig(**choice))
+    check_options(rtx, EngineConfig(targets=("8.9", "7.5"), workspace_bytes=10**9, tf32=False, timing_cache=False))
 
 
-def test_tensorrt_11_which_has_no_flag_for_strong_types_gets_none(
-    enterprise: Callable[..., TensorRtApi], tmp_path: Path
+def test_rtx_builds_the_same_plan_at_every_level_which_is_why_it_takes_none(
+    rtx: TensorRtApi, rtx_graphs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    api = enterprise()
-    del api.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
-    assert bytes(build_engine(api, tmp_path / "x.onnx", (8, 8, 3), EngineConfig())) == b"plan bytes"
-    assert api.module.calls[0] == ("create_network", 0)
+    usual = bytes(build_engine(rtx, rtx_graphs["fp16"], (32, 32, 3), EngineConfig()))
+    monkeypatch.setattr(engines, "check_options", lambda api, config: None)
+    for level in (0, 5):
+        plan = build_engine(rtx, rtx_graphs["fp16"], (32, 32, 3), EngineConfig(optimization_level=level))
+        assert len(plan) == len(usual)
 
 
-def test_what_the_parser_says_is_told_in_full(enterprise: Callable[..., TensorRtApi], tmp_path: Path) -> None:
-    api = enterprise(errors=[("LRN", "block1_lrn1", "no importer"), ("", "", "the file is bad")])
-    message = (
-        r"^tensorrt 10.3.0 does not parse the graph: LRN 'block1_lrn1': CODE, no importer; CODE, the file is bad\.$"
-    )
-    with pytest.raises(EngineError, match=message):
-        build_engine(api, tmp_path / "x.onnx", (8, 8, 3), EngineConfig())
+def test_targets_and_tf32_change_the_plan(rtx: TensorRtApi, rtx_graphs: dict[str, Path]) -> None:
+    configs = [EngineConfig(), EngineConfig(targets=("8.9",)), EngineConfig(tf32=False)]
+    plans = [bytes(build_engine(rtx, rtx_graphs["fp32"], (32, 32, 3), config)) for config in configs]
+    assert len(set(plans)) == 3
 
 
-def test_a_build_that_fails_tells_errors_but_no_warnings(
-    enterprise: Callable[..., TensorRtApi], tmp_path: Path
+def test_progress_rises_from_0_to_1_over_both_builds_and_stops_where_told(
+    rtx: TensorRtApi, rtx_graphs: dict[str, Path]
 ) -> None:
-    says = [("WARNING", "slow"), ("ERROR", "no tactic"), ("INTERNAL_ERROR", "assertion")]
-    api = enterprise(plan=None, says=says)
-    with pytest.raises(EngineError, match=r"does not build the graph: no tactic; assertion\.$"):
-        build_engine(api, tmp_path / "x.onnx", (8, 8, 3), EngineConfig())
-    silent = enterprise(plan=None)
-    with pytest.raises(EngineError, match=r"does not build the graph: it gave no reason\.$"):
-        build_engine(silent, tmp_path / "x.onnx", (8, 8, 3), EngineConfig())
+    shares: list[float] = []
 
+    def watch(share: float) -> bool:
+        shares.append(share)
+        return share < 0.75
 
-def test_errors_of_an_earlier_build_are_not_told_again(enterprise: Callable[..., TensorRtApi], tmp_path: Path) -> None:
-    api = enterprise(plan=None, says=[("ERROR", "the only one")])
-    for _ in range(2):
-        with pytest.raises(EngineError, match=r"graph: the only one\.$"):
-            build_engine(api, tmp_path / "x.onnx", (8, 8, 3), EngineConfig())
-
-
-def test_a_profile_that_is_refused_is_an_error(enterprise: Callable[..., TensorRtApi], tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"does not take the batches \(1, 4, 8\)"):
-        build_engine(enterprise(profile=-1), tmp_path / "x.onnx", (8, 8, 3), EngineConfig((1, 4, 8)))
-
-
-def test_without_a_gpu_the_missing_driver_is_told_before_anything_is_built(
-    enterprise: Callable[..., TensorRtApi], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_driver(library: str) -> Any:
-        raise OSError(f"{library}: cannot open shared object file")
-
-    api = enterprise()
-    monkeypatch.setattr(engines, "gpu_name", lambda: device.gpu_name(no_driver))
-    with pytest.raises(EngineError, match="no NVIDIA driver here"):
-        check_buildable(api)
-    assert api.module.calls == []
+    whole = BuildContext(watch=lambda share: bool(shares.append(share)) or True)
+    build_audited_engine(rtx, rtx_graphs["fp16"], (32, 32, 3), EngineConfig(), whole)
+    assert shares == sorted(shares)
+    assert 0 <= shares[0] < 0.1
+    assert shares[-1] == 1
+    assert len({int(100 * share) for share in shares}) > 20
+    shares.clear()
+    with pytest.raises(KeyboardInterrupt):
+        build_audited_engine(rtx, rtx_graphs["fp16"], (32, 32, 3), EngineConfig(), BuildContext(watch=watch))
+    assert 0.75 <= shares[-1] < 1
 
 
 def test_an_engine_that_does_not_run_a_quantised_convolution_in_int8_is_not_stored(
@@ -466,8 +372,253 @@ def test_an_engine_that_does_not_run_a_quantised_convolution_in_int8_is_not_stor
     assert build_into(bundle, rtx, "fp32", EngineConfig()).audit.int8 == ("conv",)  # type: ignore[union-attr]
 
 
-def test_a_failed_build_leaves_no_engine_in_the_bundle(enterprise: Callable[..., TensorRtApi], bundle: Path) -> None:
+# --- TensorRT, which builds on a GPU only: a strict fake of two versions (tests/fakes/fake_tensorrt.py)
+
+
+class Enterprise:
+    """TensorRT as load_tensorrt finds it on a Jetson Orin, and what was called."""
+
+    def __init__(self, fake: Any, log: Path) -> None:
+        self.api, self.answers, self._log = load_tensorrt("tensorrt"), fake.ANSWERS, log
+
+    @property
+    def calls(self) -> list[list[Any]]:
+        return [json.loads(line) for line in self._log.read_text().splitlines()] if self._log.exists() else []
+
+
+@pytest.fixture(params=["10_3", "11_4"])
+def enterprise(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Enterprise:
+    monkeypatch.syspath_prepend(FAKES)
+    monkeypatch.syspath_prepend(FAKES / f"tensorrt_{request.param}")
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    for function in (device.gpu_name, memory.read_free_memory):  # the fake brings a driver of its own
+        monkeypatch.setattr(function, "__defaults__", function.__defaults__)
+    monkeypatch.setattr(tensorrt_api, "_loggers", {})
+    fake = importlib.import_module("fake_tensorrt")
+    monkeypatch.setitem(fake.ANSWERS, "log", str(tmp_path / "calls"))
+    for name in ("errors", "float", "inspector", "loads", "gpu", "latencies_ms"):
+        monkeypatch.setitem(fake.ANSWERS, name, fake.ANSWERS[name])
+    monkeypatch.setitem(sys.modules, "tensorrt", importlib.import_module("tensorrt"))
+    return Enterprise(fake, tmp_path / "calls")
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny network in every graph that is made for TensorRT."""
+    folder = tmp_path_factory.mktemp("tiny")
+    made = {
+        "fp32": tiny_graph(),
+        "fp16": float16_graph(tiny_graph()),
+        "int8": quantized_graph(tiny_graph(), INT8, {"conv": 1.0}),
+        "mixed": quantized_graph(float16_graph(tiny_graph()), INT8, {"conv": 1.0}),
+    }
+    for name, graph in made.items():
+        graph.write(folder / f"{name}.onnx")
+    return {name: folder / f"{name}.onnx" for name in made}
+
+
+def test_both_surfaces_lack_what_their_version_lacks(enterprise: Enterprise) -> None:
+    trt: Any = enterprise.api.module
+    is_old = enterprise.api.version.startswith("10.")
+    assert hasattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH") == is_old
+    assert hasattr(trt.BuilderFlag, "FP16") == hasattr(trt.IBuilderConfig, "int8_calibrator") == is_old
+    assert hasattr(trt.ICudaEngine, "create_runtime_config") == (not is_old)
+    assert not hasattr(trt, "ComputeCapability")
+    settings = trt.Builder(tensorrt_api.shared_logger(enterprise.api)).create_builder_config()
+    with pytest.raises(AttributeError):
+        settings.max_workspace_size = 1  # gone since 10
+
+
+def test_the_enterprise_path_builds_for_this_gpu_only(enterprise: Enterprise, bundle: Path) -> None:
+    api = enterprise.api
+    check_buildable(api)
+    assert (api.product, api.builds_without_gpu, api.targets) == ("tensorrt", False, ())
+    context = BuildContext(workspace_bytes=2**30)
+    record = build_into(bundle, api, "fp32", EngineConfig((1, 4, 8), tf32=False), context=context)
+    plan = (bundle / "engines" / record.key.fingerprint / "fp32.engine").read_bytes()
+    check_record(bundle, record, plan, (1, 4, 8))
+    assert plan.startswith(b"FAKE PLAN")
+    assert (record.key.product, record.key.version, record.key.devices) == ("tensorrt", api.version, ("Orin (8.7)",))
+    assert record.key.options == {"tf32": "off"}
+    settings = {"level": 3, "aux_streams": 0, "verbosity": "DETAILED", "flags": ["DISABLE_TIMING_CACHE"]}
+    assert enterprise.calls == [
+        ["create_network", 2],  # 1 << STRONGLY_TYPED
+        ["parse_from_file", str(bundle / "graphs/model.fp32.onnx")],
+        ["set_shape", "images", [1, 8, 8, 3], [4, 8, 8, 3], [8, 8, 8, 3]],
+        ["set_memory_pool_limit", "WORKSPACE", 2**30],
+        ["clear_flag", "TF32"],
+        ["set_flag", "DISABLE_TIMING_CACHE"],
+        ["build_serialized_network", settings],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "reads", "int8"),
+    [("fp32", "Float", ()), ("fp16", "Half", ()), ("int8", "Int8", ("conv",)), ("mixed", "Int8", ("conv",))],
+)
+def test_the_inspector_tells_what_each_kernel_reads(
+    name: str, reads: str, int8: tuple[str, ...], enterprise: Enterprise, graphs: dict[str, Path]
+) -> None:
+    audit = build_audited_engine(enterprise.api, graphs[name], (8, 8, 3), EngineConfig()).audit
+    assert audit is not None
+    assert [(layer.kind, layer.nodes[:1]) for layer in audit.layers] == [
+        ("Reformat", ("conv/more",)),  # it goes by the name of the convolution, and does not compute it
+        ("CaskConvolution", ("conv",)),
+        ("gemm", ("fc",)),
+    ]
+    assert (audit.layers[1].inputs, audit.layers[1].weights) == ((reads,), (reads,))
+    assert (audit.convolutions, audit.dense, audit.extra_kernels) == (1, 1, 1)
+    assert (audit.int8, audit.not_int8, audit.untold) == (int8, (), ())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("int8", "quantises conv, and the engine does not run that in INT8 .conv reads Float with weights of Float"),
+        ("fp16", "has conv in FP16, and the engine does not compute that in FP16 .conv reads Float"),
+    ],
+)
+def test_an_engine_without_the_asked_precision_is_refused(
+    name: str, message: str, enterprise: Enterprise, graphs: dict[str, Path]
+) -> None:
+    enterprise.answers["float"] = True
+    with pytest.raises(EngineError, match=message):
+        build_audited_engine(enterprise.api, graphs[name], (8, 8, 3), EngineConfig())
+    build_audited_engine(enterprise.api, graphs["fp32"], (8, 8, 3), EngineConfig())
+
+
+def test_an_inspector_that_tells_names_only_gives_no_audit(enterprise: Enterprise, graphs: dict[str, Path]) -> None:
+    enterprise.answers["inspector"] = "names"
+    assert build_audited_engine(enterprise.api, graphs["int8"], (8, 8, 3), EngineConfig()).audit is None
+
+
+def test_a_plan_that_does_not_load_is_refused(enterprise: Enterprise, graphs: dict[str, Path]) -> None:
+    enterprise.answers["loads"] = False
+    with pytest.raises(EngineError, match=r"does not load the engine that it has just built: .*magicTag"):
+        build_engine(enterprise.api, graphs["fp16"], (8, 8, 3), EngineConfig())
+
+
+def test_the_level_is_passed_on_and_targets_are_refused(enterprise: Enterprise, graphs: dict[str, Path]) -> None:
+    build_engine(enterprise.api, graphs["fp16"], (8, 8, 3), EngineConfig(optimization_level=5))
+    assert enterprise.calls[-1][1]["level"] == 5
+    with pytest.raises(
+        UsageError, match=r"targets are 8\.9, and tensorrt \S+ builds for the GPU at hand only.*--for rtx"
+    ):
+        build_engine(enterprise.api, graphs["fp16"], (8, 8, 3), EngineConfig(targets=("8.9",)))
+
+
+def test_what_the_parser_says_is_told(enterprise: Enterprise, tmp_path: Path) -> None:
+    graph = tiny_graph()
+    graph.nodes[3] = make_node("StringNormalizer", ["conv"], "relu")
+    graph.check = lambda: None  # type: ignore[method-assign]
+    graph.write(tmp_path / "graph.onnx")
+    message = r"does not parse the graph: StringNormalizer 'relu': UNSUPPORTED_NODE, false\.$"
+    with pytest.raises(EngineError, match=message):
+        build_engine(enterprise.api, tmp_path / "graph.onnx", (8, 8, 3), EngineConfig())
+
+
+def test_errors_of_this_build_are_told_and_of_no_earlier_one(enterprise: Enterprise, graphs: dict[str, Path]) -> None:
+    enterprise.answers["errors"] = ["no tactic", "assertion"]
+    for _ in range(2):
+        with pytest.raises(EngineError, match=r"does not build the graph: no tactic; assertion\.$"):
+            build_engine(enterprise.api, graphs["fp16"], (8, 8, 3), EngineConfig())
+
+
+def test_batches_that_the_graph_does_not_take_are_refused_by_tensorrt(enterprise: Enterprise, tmp_path: Path) -> None:
+    tiny_graph(batch=1).write(tmp_path / "graph.onnx")
+    with pytest.raises(EngineError, match=r"static dimensions differ"):
+        build_engine(enterprise.api, tmp_path / "graph.onnx", (8, 8, 3), EngineConfig((1, 4, 8)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(enterprise.api.module.IBuilderConfig, "add_optimization_profile", lambda self, profile: -1)
+        with pytest.raises(EngineError, match=r"does not take the batches \(1, 4, 8\)"):
+            build_engine(enterprise.api, tmp_path / "graph.onnx", (8, 8, 3), EngineConfig((1, 4, 8)))
+
+
+def test_a_build_that_is_stopped_ends_in_an_interrupt(enterprise: Enterprise, graphs: dict[str, Path]) -> None:
+    context = BuildContext(watch=lambda share: share < 0.5)
+    with pytest.raises(KeyboardInterrupt):
+        build_audited_engine(enterprise.api, graphs["fp16"], (8, 8, 3), EngineConfig(), context)
+
+
+def test_without_a_gpu_the_missing_driver_is_told_before_anything_is_built(enterprise: Enterprise) -> None:
+    enterprise.answers["gpu"] = None
+    with pytest.raises(EngineError, match="no NVIDIA driver here"):
+        check_buildable(enterprise.api)
+    assert enterprise.calls == []
+
+
+def test_a_failed_build_leaves_no_engine_in_the_bundle(enterprise: Enterprise, bundle: Path) -> None:
+    enterprise.answers["errors"] = ["no"]
     with pytest.raises(EngineError):
-        build_into(bundle, enterprise(plan=None), "fp32", EngineConfig())
-    assert list_engines(bundle) == []
+        build_into(bundle, enterprise.api, "fp32", EngineConfig())
     assert not (bundle / "engines").exists()
+
+
+# --- the timing cache
+
+
+class TestTimingCache:
+    def build(self, enterprise: Enterprise, graphs: dict[str, Path], path: Path | None) -> int:
+        """Build once; how many timings the build began with."""
+        build_audited_engine(enterprise.api, graphs["fp16"], (8, 8, 3), EngineConfig(), BuildContext(timing_cache=path))
+        return [call for call in enterprise.calls if call[0] == "set_timing_cache"][-1][1]
+
+    def test_each_build_begins_with_what_those_before_found(
+        self, enterprise: Enterprise, graphs: dict[str, Path], tmp_path: Path
+    ) -> None:
+        path = tmp_path / "new/timings.cache"
+        assert [self.build(enterprise, graphs, path) for _ in range(3)] == [0, 1, 2]
+        assert sorted(each.name for each in path.parent.iterdir()) == ["timings.cache", "timings.cache.lock"]
+
+    def test_a_damaged_one_is_as_none_and_is_mended(
+        self, enterprise: Enterprise, graphs: dict[str, Path], tmp_path: Path
+    ) -> None:
+        path = tmp_path / "timings.cache"
+        path.write_bytes(b"half a cache")
+        assert [self.build(enterprise, graphs, path) for _ in range(2)] == [0, 1]
+
+    def test_one_that_cannot_be_written_costs_time_only(
+        self, enterprise: Enterprise, graphs: dict[str, Path], tmp_path: Path
+    ) -> None:
+        (tmp_path / "file").write_text("in the way of the folder")
+        assert self.build(enterprise, graphs, tmp_path / "file/timings.cache") == 0
+
+    def test_what_others_wrote_meanwhile_is_kept(
+        self, enterprise: Enterprise, graphs: dict[str, Path], tmp_path: Path
+    ) -> None:
+        path = tmp_path / "timings.cache"
+
+        def watch(share: float) -> bool:
+            path.write_bytes(b'TIMINGS ["of another process"]')
+            return True
+
+        context = BuildContext(timing_cache=path, watch=watch)
+        build_audited_engine(enterprise.api, graphs["fp16"], (8, 8, 3), EngineConfig(), context)
+        assert len(json.loads(path.read_bytes()[8:])) == 2
+
+
+# --- the best of several
+
+
+@pytest.mark.parametrize(
+    ("latencies_ms", "best"), [([3.0, 1.0, 2.0], 1), ([1.0, 2.0, 3.0], 0), ([2.0, 2.0], 0), ([9.0, 8.0, 7.0], 2)]
+)
+def test_the_fastest_is_kept_and_of_equals_the_first(latencies_ms: list[float], best: int) -> None:
+    kept = keep_fastest(
+        lambda index: BuiltEngine(memoryview(bytes([index])), None),
+        len(latencies_ms),
+        lambda plan: latencies_ms[plan[0]],
+    )
+    assert bytes(kept.plan) == bytes([best])
+
+
+def test_a_single_one_is_not_timed_and_several_need_a_timer() -> None:
+    def build(index: int) -> BuiltEngine:
+        return BuiltEngine(memoryview(b"plan"), None)
+
+    def measure(plan: memoryview) -> float:
+        raise AssertionError("timed")
+
+    assert bytes(keep_fastest(build, 1, measure).plan) == b"plan"
+    with pytest.raises(EngineError, match="2 engines cannot be compared"):
+        keep_fastest(build, 2, None)

@@ -9,7 +9,7 @@ import pytest
 
 from vggedge_runtime import tensorrt_api
 from vggedge_runtime.errors import EngineError, MissingDependency, UsageError
-from vggedge_runtime.tensorrt_api import installed_products, load_tensorrt, shared_logger, target_member
+from vggedge_runtime.tensorrt_api import choose_product, installed_products, load_tensorrt, shared_logger, target_member
 
 
 class FakeLogger:
@@ -60,13 +60,16 @@ class TestLoad:
         api = load_tensorrt()
         assert (api.product, api.version, api.module) == ("tensorrt", "10.3.0", enterprise)
         assert not api.builds_without_gpu
-        assert api.targets == ()
+        assert api.tunes_while_building
+        assert api.targets == api.known_targets == ()
 
     def test_rtx_builds_for_every_target_from_ampere_on(self, rtx: ModuleType) -> None:
         api = load_tensorrt()
         assert (api.product, api.version, api.module) == ("tensorrt_rtx", "1.4.0.76", rtx)
         assert api.builds_without_gpu
+        assert not api.tunes_while_building
         assert api.targets == ("8.0", "8.6", "8.9", "10.0", "12.0")
+        assert api.known_targets == ("7.5", *api.targets)
 
     def test_auto_prefers_enterprise(self, enterprise: ModuleType, rtx: ModuleType) -> None:
         assert installed_products() == ("tensorrt", "tensorrt_rtx")
@@ -86,6 +89,37 @@ class TestLoad:
     def test_unknown_product(self) -> None:
         with pytest.raises(UsageError, match="'onnx' is unknown; known: auto, tensorrt, tensorrt_rtx"):
             load_tensorrt("onnx")
+
+
+class TestChoose:
+    def test_without_a_gpu_rtx_which_needs_none_is_taken(self, enterprise: ModuleType, rtx: ModuleType) -> None:
+        assert choose_product() == choose_product(has_gpu=True) == "tensorrt"
+        assert choose_product(has_gpu=False) == "tensorrt_rtx"
+        assert choose_product("tensorrt", has_gpu=False) == "tensorrt"  # as asked; it says itself what it lacks
+
+    def test_the_only_one_is_taken(self, enterprise: ModuleType) -> None:
+        assert choose_product(has_gpu=False) == "tensorrt"
+
+    def test_nothing_is_imported(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tensorrt_api, "is_installed", lambda name: True)
+        assert choose_product() == "tensorrt"  # which is None in sys.modules, so that importing it would fail
+
+    def test_none_installed(self) -> None:
+        with pytest.raises(MissingDependency, match=r"vggedge\[rtx\].*JetPack"):
+            choose_product()
+
+    def test_unknown(self) -> None:
+        with pytest.raises(UsageError, match="'onnx' is unknown"):
+            choose_product("onnx")
+
+
+class TestNetworkFlags:
+    @pytest.mark.parametrize(("flags", "expected"), [({"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}, 2), ({}, 0)])
+    def test_strong_types_are_asked_for_where_that_can_be(
+        self, flags: dict[str, int], expected: int, enterprise: ModuleType
+    ) -> None:
+        enterprise.NetworkDefinitionCreationFlag = SimpleNamespace(**flags)
+        assert load_tensorrt().network_flags == expected
 
 
 class TestTarget:
@@ -112,3 +146,11 @@ class TestLogger:
         logger.log(SimpleNamespace(name="ERROR"), "no such layer")
         logger.log(SimpleNamespace(name="INFO"), "done")
         assert logger.lines == [("ERROR", "no such layer"), ("INFO", "done")]
+
+    def test_only_where_the_layers_stand_there_is_the_chatter_kept(
+        self, enterprise: ModuleType, rtx: ModuleType
+    ) -> None:
+        for product, kept in (("tensorrt", []), ("tensorrt_rtx", [("VERBOSE", "Layers:")])):
+            logger = shared_logger(load_tensorrt(product))
+            logger.log(SimpleNamespace(name="VERBOSE"), "Layers:")
+            assert logger.lines == kept
