@@ -160,7 +160,7 @@ def _full_vgg16() -> Any:
 def write_peers(source: Path | None, bundle: Path, folder: Path, calibration: Pixels, nncf: str) -> list[Peer]:
     """Write every peer's file into ``folder``; ours is first. What is not installed is left out, and that is said."""
     int8, fp32 = (str(bundle / f"graphs/model.{name}.onnx") for name in ("int8", "fp32"))
-    peers = [Peer(OURS, "OpenVINO, rewritten", int8), Peer("int8 as it is", "OpenVINO", int8)]
+    peers = [Peer(OURS, "vggedge on OpenVINO", int8), Peer("int8 as it is", "OpenVINO", int8)]
     for index, (name, change) in enumerate(READINGS.items()):
         change(read_graph(Path(int8))).write(folder / f"{index}.onnx")
         peers.append(Peer(name, "OpenVINO", str(folder / f"{index}.onnx")))

@@ -62,6 +62,12 @@ _GOLDEN_ON: dict[tuple[str, str], tuple[float, str]] = {
         "INT8 value: on four compact VGGs, 1409 images, 3.2e-2 at most between ONNX Runtime's own optimisation levels; "
         "a shift by one pixel gives more on 85 to 99 of 100 choices of four images",
     ),
+    ("int8", "openvino"): (
+        5e-2,
+        "as on ONNX Runtime: 1.3e-3 at most on the golden images of ten graphs, above 5e-2 on 2 of 2095 other images; "
+        "golden images shifted by a pixel are off by more on four VGGs for hands (on one for digits, whose pixels are "
+        "coarse, three of four shifts pass), and sums that overflow by 6e-2 to 9e-1 on four graphs of five",
+    ),
 }
 """(graph, backend) -> tolerance and the reason for it, where it is not the graph's own."""
 

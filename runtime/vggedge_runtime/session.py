@@ -56,7 +56,10 @@ class Session:
         Args:
             bundle: folder or opened Bundle.
             backend: ``auto`` or a name from backends/base.py.
-            precision: ``auto``, ``fp32``, ``fp16``, ``int8``, or the exact name of a graph.
+            precision: ``auto``, ``fp32``, ``fp16``, ``int8``, or the exact name of a graph. ``auto`` takes what the
+                backend runs fastest and right: fp32 on ``ort``; on ``openvino`` an INT8 graph if the bundle has one
+                and the CPU is an x86 with VNNI, else fp32. So the same bundle may answer in INT8 on one backend or
+                machine and in FP32 on another; ``graph`` says which, and naming a precision settles it.
             threads: CPU threads of one inference; 0 leaves the choice to the library.
 
         Raises:

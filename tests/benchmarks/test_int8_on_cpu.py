@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from vggedge_export.graph import Graph, make_node, nodes_of, value_info
+from vggedge_runtime.backends import openvino_steps
 from vggedge_runtime.backends.ort import open_ort_session
 from vggedge_runtime.bundle import DataRecord
 from vggedge_runtime.preprocess import ImageSpec
@@ -131,10 +132,10 @@ def test_the_image_can_be_the_first_steps(load: Any) -> None:
 # --- what is rewritten at load
 
 
-def test_rewriting_keeps_the_answers_and_moves_pairs_where_pooling_is_wide(load: Any) -> None:
-    steps, model = load("openvino_steps"), openvino_model(int8_net())
+def test_rewriting_keeps_the_answers_and_moves_pairs_where_pooling_is_wide() -> None:
+    model = openvino_model(int8_net())
     plain = openvino_answers(openvino_model(int8_net()))
-    assert steps.use_unsigned_steps(model) == 2
+    assert openvino_steps.use_unsigned_steps(model) == 2
     lows, above = [], []
     for node in model.get_ordered_ops():
         if node.get_type_name() == "FakeQuantize":
@@ -144,28 +145,28 @@ def test_rewriting_keeps_the_answers_and_moves_pairs_where_pooling_is_wide(load:
     assert lows == [-1.0, 0.0, 0.0]
     assert above == ["Add", "Relu", "Reshape"]  # 64 channels before the first pooling, 4 before the second
     np.testing.assert_allclose(openvino_answers(model), plain, atol=TOLERANCE)
-    assert steps.use_unsigned_steps(model) == 0
+    assert openvino_steps.use_unsigned_steps(model) == 0
 
 
-def test_without_the_clamp_the_answers_would_change(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps, model = load("openvino_steps"), openvino_model(int8_net())
-    monkeypatch.setattr(steps, "_STEPS", 255)
-    steps.use_unsigned_steps(model)
+def test_without_the_clamp_the_answers_would_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = openvino_model(int8_net())
+    monkeypatch.setattr(openvino_steps, "_STEPS", 255)
+    openvino_steps.use_unsigned_steps(model)
     assert np.abs(openvino_answers(model) - openvino_answers(openvino_model(int8_net()))).max() > 50 * TOLERANCE
 
 
 @pytest.mark.parametrize(
     "graph", [lambda: int8_net("Tanh"), lambda: int8_net(zero_point="three")], ids=["no relu", "zero point 3"]
 )
-def test_what_is_no_signed_pair_behind_a_relu_is_left_alone(load: Any, graph: Any) -> None:
-    assert load("openvino_steps").use_unsigned_steps(openvino_model(graph())) == 0
+def test_what_is_no_signed_pair_behind_a_relu_is_left_alone(graph: Any) -> None:
+    assert openvino_steps.use_unsigned_steps(openvino_model(graph())) == 0
 
 
-def test_a_pair_does_not_move_above_what_others_read(load: Any) -> None:
+def test_a_pair_does_not_move_above_what_others_read() -> None:
     graph = int8_net()
     graph.outputs.append(value_info("a/pool", np.float32, ["N", 64, 4, 4]))
     model = openvino_model(graph)
-    assert load("openvino_steps").use_unsigned_steps(model) == 2
+    assert openvino_steps.use_unsigned_steps(model) == 2
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     session = open_ort_session(graph.to_bytes(), threads=1)
     pooled = session.run(["a/pool"], {"images": IMAGES[:1]})[0]

@@ -44,7 +44,7 @@ def test_the_table(tiny_bundle: Path, command_line: CommandLine) -> None:
     assert rows["p99"] == ["needs", "1000", "samples"]
     assert rows["p99.9"] == ["needs", "10000", "samples"]
     assert "200 calls one after another" in out
-    assert err == "fp32 on ort (auto: the first installed of ort); measuring for 0 s ...\n"
+    assert err == "fp32 on ort (auto: the first installed of ort, openvino); measuring for 0 s ...\n"
 
 
 def test_the_rate_counts_images(tiny_bundle: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

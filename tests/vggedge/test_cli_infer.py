@@ -65,7 +65,7 @@ def test_the_table(tiny_bundle: Path, photos: Path, command_line: CommandLine) -
     rows = [line.split() for line in out.splitlines() if ".png" in line]
     assert rows[0] == [str(photos / "below/blue.png"), "blue", "100.0", "%"]
     assert len(rows) == 3
-    assert err.splitlines() == ["fp32 on ort (auto: the first installed of ort)", "answering ..."]
+    assert err.splitlines() == ["fp32 on ort (auto: the first installed of ort, openvino)", "answering ..."]
 
 
 def test_more_classes_than_there_are(tiny_bundle: Path, photos: Path, command_line: CommandLine) -> None:

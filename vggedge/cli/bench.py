@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vggedge.cli import output
+from vggedge_runtime.backends.base import backend_choices
 from vggedge_runtime.bench import BenchConfig, BenchResult, measure_session
 from vggedge_runtime.session import Session
 from vggedge_runtime.statistics import samples_needed
@@ -17,7 +18,7 @@ NAME = "bench"
 
 def command(
     bundle: Annotated[Path, typer.Argument(help="Folder written by vggedge export.")],
-    backend: Annotated[str, typer.Option(help="auto or ort.")] = "auto",
+    backend: Annotated[str, typer.Option(help=f"One of {backend_choices()}.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, fp16, int8, or the name of a graph.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads an inference; 0: the library's choice.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 1,

@@ -16,6 +16,7 @@ from vggedge.data import ImageSet
 from vggedge.evaluation import Evaluation, Protocol, build_predict, evaluate, frequent_confusions, worst_classes
 from vggedge.model import read_card, read_model
 from vggedge_export.conversion import normalizing_layer
+from vggedge_runtime.backends.base import backend_choices
 from vggedge_runtime.errors import ModelError, UsageError
 from vggedge_runtime.preprocess import ImageSpec
 from vggedge_runtime.progress import Advance
@@ -65,7 +66,9 @@ def command(
     ] = False,
     dense: Annotated[bool, typer.Option("--dense", help="Answer whole scaled images, fully convolutionally.")] = False,
     images: Annotated[int | None, typer.Option(min=1, help="Evaluate on at most so many; all if left out.")] = None,
-    backend: Annotated[str | None, typer.Option(help="Of a bundle: auto or ort; auto if left out.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help=f"Of a bundle: one of {backend_choices()}; auto if left out.")
+    ] = None,
     precision: Annotated[
         str | None,
         typer.Option(help="Of a bundle: auto, fp32, fp16, int8, or the name of a graph; auto if left out."),

@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from vggedge.cli import output
+from vggedge_runtime.backends.base import backend_choices
 from vggedge_runtime.errors import DataError, UsageError
 from vggedge_runtime.preprocess import find_images, find_other_files
 from vggedge_runtime.session import Session
@@ -35,7 +36,7 @@ def command(
     bundle: Annotated[Path, typer.Argument(help="Folder written by vggedge export.")],
     sources: Annotated[list[Path], typer.Argument(metavar="SOURCE", help="Image files, or folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show an image.")] = 1,
-    backend: Annotated[str, typer.Option(help="auto or ort.")] = "auto",
+    backend: Annotated[str, typer.Option(help=f"One of {backend_choices()}.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, fp16, int8, or the name of a graph.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads an inference; 0: the library's choice.")] = 0,
     json: output.JsonFlag = False,

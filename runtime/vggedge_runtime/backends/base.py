@@ -65,14 +65,20 @@ class Backend(ABC):
 
 BACKENDS: dict[str, str] = {
     "ort": "vggedge_runtime.backends.ort:OrtBackend",
+    "openvino": "vggedge_runtime.backends.ov:OpenVinoBackend",
 }
 """Name -> "module:class"; a module is imported when its backend is chosen."""
+
+
+def backend_choices() -> str:
+    """What a user may ask for, in words: ``auto``, then the names."""
+    return ", ".join(("auto", *BACKENDS))
 
 
 def load_backend_class(name: str) -> type[Backend]:
     """Class of the backend ``name``; UsageError lists the known ones."""
     if name not in BACKENDS:
-        raise UsageError(f"backend {name!r} is unknown; known: auto, {', '.join(BACKENDS)}.")
+        raise UsageError(f"backend {name!r} is unknown; known: {backend_choices()}.")
     module, _, attribute = BACKENDS[name].partition(":")
     found: type[Backend] = getattr(importlib.import_module(module), attribute)
     return found
