@@ -36,6 +36,9 @@ BARS = {"fp16": 0.1, "int8": 0.5, "int8-rtx": 1.0}
 LEAST_AGREEMENT = 98.5
 """Per cent of images on which int8 keeps the class, at least."""
 
+JUDGED = ("fingers", "fingers-hard", "digits")
+"""Models that the bars are for. A hardened one shows what happens where they cannot be met."""
+
 HARDENED = ("block3_conv1", "block4_conv1", "fc1")
 """Layers of which every eighth channel is scaled; none has a BatchNorm behind it."""
 FACTOR = 100.0
@@ -121,7 +124,9 @@ def measure_fingers(level: str, folder: Path, plan: Plan) -> list[Row]:
     """Train on drawn hands of seed 0, calibrate on seed 2, prove on seed 1."""
     model = folder / f"{level}.keras"
     images = f"{level}:{plan.images[level]}@0"
-    check("train", images, "--model", "vgg16-compact", "--epochs", plan.epochs[level], "-o", model)
+    # On hard hands alone the compact net stays at chance; from easy ones it gets away.
+    begin = ["--initial", folder / "fingers.keras"] if level == "fingers-hard" else ["--model", "vgg16-compact"]
+    check("train", images, *begin, "--epochs", plan.epochs[level], "-o", model)
     if export(model, f"{level}@2", f"{level}:{plan.evaluation}@1", folder / level, plan):
         sys.exit(1)
     return rows_of(level, folder / level)
@@ -200,7 +205,7 @@ def describe(row: Row) -> list[str]:
 def verdict(row: Row) -> str:
     """Whether the bar is met: by the estimate, and whether the interval leaves a doubt."""
     change, bar = row.record.evidence.change, BARS.get(row.graph)
-    if bar is None or change is None:
+    if bar is None or change is None or row.subject not in JUDGED:
         return ""
     agrees = row.graph != "int8" or 100 * row.record.evidence.agreement.share >= LEAST_AGREEMENT
     if -change.points > bar or not agrees:
@@ -238,7 +243,8 @@ def protocol(plan: Plan, seconds: float) -> dict[str, Any]:
         f"({plan.selection:,} at most), seed 1 proves; digits: every fifth scan of a class proves",
         "change": "accuracy minus that of fp32 on the same images, 95 % bootstrap interval; p: exact McNemar test",
         "bar": f"points lost at most: {', '.join(f'{name} {bar:g}' for name, bar in BARS.items())}; int8 agrees on at "
-        f"least {LEAST_AGREEMENT} % of the images. `not surely`: the interval reaches beyond the bar",
+        f"least {LEAST_AGREEMENT} % of the images; models that were made hard have none. `not surely`: the interval "
+        "reaches beyond the bar",
         "hardened": f"every eighth channel of {', '.join(HARDENED)} times {FACTOR:g}, the weights behind it divided",
         "emulated": "a twin of the graph that rounds every result to FP16 answered, in ONNX Runtime",
     }

@@ -3,7 +3,8 @@
 Two streams over the images. The first takes every tensor's largest magnitude inside the graph, so that two numbers a
 tensor leave it, whatever the image size. The second counts the magnitudes of the tensors that INT8 needs into
 histograms whose bins the first one fixed. Both are sums over single values, so nothing depends on how the images
-fall into batches, and nothing but one batch is held.
+fall into batches, and nothing but one batch is held. A third, over fewer images, looks at the outputs of the layers
+(output_error.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,21 @@ from numpy.typing import NDArray
 
 from vggedge_export.calibrators import BINS, CALIBRATORS, Histogram
 from vggedge_export.graph import INPUT, Graph, make_node, value_info
+from vggedge_export.output_error import FRACTIONS, best_magnitudes, output_error_probe
+from vggedge_export.verification import batch_for, spread_rows
 from vggedge_runtime.backends.ort import open_ort_session
 from vggedge_runtime.dependencies import require, version_of
 from vggedge_runtime.errors import ConversionError
 from vggedge_runtime.preprocess import Pixels
 from vggedge_runtime.progress import Advance
 
+OUTPUT_ERROR = "output"
+METHODS = (*CALIBRATORS, OUTPUT_ERROR)
+"""How INT8 ranges can be set."""
+
+_OUTPUT_BATCHES = 16  # for output_error.py, which computes every layer a dozen times: 512 images at 64x64, 32 at 224
 _DIGEST_BYTES = hashlib.sha256().digest_size
-_CACHE_FORMAT = "2"  # counts with the key: what older code measured is not read
+_CACHE_FORMAT = "3"  # counts with the key: what older code measured is not read
 
 
 @dataclass(frozen=True)
@@ -39,14 +47,18 @@ class Activations:
     Attributes:
         largest: largest magnitude of every float tensor that a node gives.
         histograms: of the magnitudes of the tensors that were asked for.
+        by_output: of these, the magnitudes that leave the outputs of the layers behind least off (output_error.py).
     """
 
     largest: dict[str, float]
     histograms: dict[str, Histogram]
+    by_output: dict[str, float] = field(default_factory=dict)
 
     def magnitude(self, tensor: str, method: str) -> float:
-        """The magnitude that INT8 step 127 is to stand for, by a method of calibrators.py."""
-        return self.largest[tensor] if method == "max" else CALIBRATORS[method](self.histograms[tensor])
+        """The magnitude that INT8 step 127 is to stand for, by one of METHODS."""
+        if method == "max":
+            return self.largest[tensor]
+        return self.by_output[tensor] if method == OUTPUT_ERROR else CALIBRATORS[method](self.histograms[tensor])
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ class Calibration:
         Args:
             graph: what to run.
             tensors: inputs of layers to be quantised; histograms are made of these.
-            with_histograms: whether a method but ``max`` is going to be asked for.
+            with_histograms: whether a method but ``max`` is going to be asked for, that of outputs included.
 
         Raises:
             ConversionError: a tensor is not finite on some image, or one of ``tensors`` is zero on all.
@@ -95,8 +107,8 @@ class Calibration:
                 f"{', '.join(dead)}: zero on all {len(self.images)} calibration images, so no INT8 scale can be found. "
                 "Either the images are unlike the training images, or the layer died in training: check accuracy first."
             )
-        wanted = tensors if with_histograms else []
-        return Activations(largest, self._histograms(graph, {tensor: largest[tensor] for tensor in wanted}))
+        wanted = {tensor: largest[tensor] for tensor in tensors} if with_histograms else {}
+        return Activations(largest, self._histograms(graph, wanted), self._by_output(graph, wanted))
 
     def _largest(self, graph: Graph) -> dict[str, float]:
         """Largest magnitude of every float tensor that a node gives.
@@ -136,15 +148,25 @@ class Calibration:
                 counts[tensor] += _count(values, largest[tensor])
         return {tensor: Histogram(counts[tensor], largest[tensor]) for tensor in largest}
 
+    def _by_output(self, graph: Graph, largest: dict[str, float]) -> dict[str, float]:
+        if not largest:
+            return {}
+        count = _OUTPUT_BATCHES * batch_for(self.images)  # not self.batch, which is to bound memory only
+        images = self.images[spread_rows(len(self.images), count)]
+        probe = output_error_probe(graph, largest)
+        smaller = replace(self, images=images, batch=max(1, self.batch // len(FRACTIONS)))
+        return best_magnitudes(largest, smaller._run(probe, "comparing INT8 ranges"))
+
     def _run(self, probe: Graph, what: str) -> Iterator[list[Any]]:
         """Answers of ``probe``, batch by batch."""
+        images = self.images
         probe.drop_unused()
         probe.write(self.scratch)
-        session = open_ort_session(self.scratch)
+        session = open_ort_session(self.scratch, prepack=False)
         self.scratch.unlink()
-        for start in range(0, len(self.images), self.batch):
-            yield session.run(None, {INPUT: self.images[start : start + self.batch]})
-            self.progress(min(start + self.batch, len(self.images)), len(self.images), what)
+        for start in range(0, len(images), self.batch):
+            yield session.run(None, {INPUT: images[start : start + self.batch]})
+            self.progress(min(start + self.batch, len(images)), len(images), what)
 
     def _key(self, graph: Graph, tensors: Sequence[str], with_histograms: bool) -> str:
         digest = hashlib.sha256()
@@ -199,7 +221,8 @@ def _read_activations(path: Path) -> Activations | None:
     with np.load(io.BytesIO(body), allow_pickle=False) as stored:
         largest = dict(zip(stored["tensors"].tolist(), stored["largest"].tolist(), strict=True))
         rows = zip(stored["histogram_tensors"].tolist(), stored["counts"], strict=True)
-        return Activations(largest, {name: Histogram(counts, largest[name]) for name, counts in rows})
+        by_output = dict(zip(stored["output_tensors"].tolist(), stored["by_output"].tolist(), strict=True))
+        return Activations(largest, {name: Histogram(counts, largest[name]) for name, counts in rows}, by_output)
 
 
 def _write_activations(path: Path, found: Activations) -> None:
@@ -210,6 +233,8 @@ def _write_activations(path: Path, found: Activations) -> None:
         tensors=np.array(list(found.largest)),
         largest=np.array(list(found.largest.values())),
         histogram_tensors=np.array(list(found.histograms), dtype=str),
+        output_tensors=np.array(list(found.by_output), dtype=str),
+        by_output=np.array(list(found.by_output.values()), dtype=np.float64),
         counts=np.array([each.counts for each in found.histograms.values()], dtype=np.int64).reshape(-1, BINS),
     )
     content = body.getvalue()

@@ -10,15 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from vggedge_export.calibration import Activations
-from vggedge_export.calibrators import CALIBRATORS
+from vggedge_export.calibration import METHODS, Activations
 from vggedge_export.graph import Graph
 from vggedge_export.quantization import QuantizationRecipe, input_scales, quantized_graph, quantized_layers
 from vggedge_export.sensitivity import Search
-from vggedge_export.verification import LabelledImages, Scores, divergence, graph_scores
+from vggedge_export.verification import LabelledImages, Scores, divergence, graph_scores, spread_rows
 from vggedge_runtime.errors import ModelError, UsageError
 from vggedge_runtime.evidence import CalibrationRecord, CalibratorScore, PrecisionPlan
 from vggedge_runtime.preprocess import Pixels
@@ -39,7 +35,7 @@ class Chooser:
         folder: for graphs that are only tried.
         ask_float: from images to the FP32 graph's answers.
         images: the selection images; None where nothing will have to be chosen.
-        calibrator: a name from calibrators.py, or ``auto`` to choose.
+        calibrator: one of calibration.METHODS, or ``auto`` to choose.
         progress: told what goes on.
     """
 
@@ -68,8 +64,9 @@ class Chooser:
         if trained is not None:
             if missing := [layer.name for layer in layers if layer.name not in trained]:
                 raise ModelError(
-                    f"the trained INT8 ranges have none for {', '.join(missing)}. They belong to another model or to "
-                    "another choice of layers; fine-tune again, or remove the ranges file beside the model."
+                    f"the trained INT8 ranges have none for {', '.join(missing)}. Leave --int8-last out, if it was "
+                    "given: fine-tuning leaves that layer in float. Else the ranges belong to another model: fine-tune "
+                    "again, or remove the ranges file beside the model."
                 )
             return input_scales(base, recipe, trained), CalibrationRecord(method="trained")
 
@@ -81,11 +78,11 @@ class Chooser:
         images = self._selection().images
         images = images[spread_rows(len(images), CALIBRATOR_IMAGES)]
         candidates = []
-        for number, method in enumerate(CALIBRATORS):
-            self.progress(number, len(CALIBRATORS), "comparing calibrators")
+        for number, method in enumerate(METHODS):
+            self.progress(number, len(METHODS), "comparing calibrators")
             scores = self._try(quantized_graph(base, recipe, scales_by(method)), images)
             candidates.append(self._score(method, scores))
-        self.progress(len(CALIBRATORS), len(CALIBRATORS), "comparing calibrators")
+        self.progress(len(METHODS), len(METHODS), "comparing calibrators")
         best = min(candidates, key=lambda each: each.divergence)
         return scales_by(best.method), CalibrationRecord(method=best.method, candidates=tuple(candidates))
 
@@ -100,7 +97,7 @@ class Chooser:
         """Which of the layers in ``scales`` may be INT8 within ``max_drop`` points.
 
         Raises:
-            GateError: none.
+            GateError: not even one.
         """
         images = self._selection().images
 
@@ -121,7 +118,10 @@ class Chooser:
         wanted = self._reference()[spread_rows(len(self._selection().images), CALIBRATOR_IMAGES)]
         same = int((scores.argmax(1) == wanted.argmax(1)).sum())
         return CalibratorScore(
-            method=method, divergence=divergence(wanted, scores), agreement=build_proportion(same, len(scores))
+            method=method,
+            equalized=False,
+            divergence=divergence(wanted, scores),
+            agreement=build_proportion(same, len(scores)),
         )
 
     def _reference(self) -> Scores:
@@ -144,9 +144,3 @@ class Chooser:
                 "that neither calibrate nor prove, or name a calibrator and set no limit."
             )
         return self.images
-
-
-def spread_rows(length: int, count: int) -> NDArray[np.int64]:
-    """``count`` of ``length`` rows, or all, evenly spread: a folder's images come class by class."""
-    kept = min(count, length)
-    return np.arange(kept, dtype=np.int64) * length // kept

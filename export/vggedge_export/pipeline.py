@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 
-from vggedge_export import engine as engines
+from vggedge_export import building
 from vggedge_export.completion import complete_graph, complete_scores
 from vggedge_export.conversion import check_exportable, class_count, graph_from_keras
-from vggedge_export.engine import EngineConfig
+from vggedge_export.engine_config import EngineConfig
 from vggedge_export.golden import write_golden
 from vggedge_export.graph import Graph
 from vggedge_export.grey import GREY_IN_WORDS
@@ -28,11 +29,11 @@ from vggedge_runtime.bundle import DataRecord, Manifest, PassRecord
 from vggedge_runtime.dependencies import require
 from vggedge_runtime.device import tool_versions
 from vggedge_runtime.engine_cache import EngineRecord
-from vggedge_runtime.errors import DataError, ModelError, UsageError
+from vggedge_runtime.errors import DataError, GateError, ModelError, UsageError
+from vggedge_runtime.paired import build_paired_change, judge_drop
 from vggedge_runtime.preprocess import ImageSpec
 from vggedge_runtime.progress import Advance, ignore_progress
 from vggedge_runtime.statistics import build_proportion
-from vggedge_runtime.tensorrt_api import TensorRtApi, load_tensorrt
 
 if TYPE_CHECKING:
     import keras
@@ -106,20 +107,21 @@ def export(
     if config.needs_selection and images.selection is None:
         raise UsageError(
             "there are no selection images, and a calibrator or plan is to be chosen by how INT8 answers. Give some "
-            "that neither calibrate nor prove, or name a calibrator and set no max_drop."
+            "that neither calibrate nor prove, or name a calibrator and set no limit (--max-drop)."
         )
     if config.has_plan:
         require("matplotlib", "export")  # it is to draw the plan, and would be missed after the search only
     bundles.check_replaceable(path)
-    api = None if config.engine == "none" else load_tensorrt(config.engine)
-    if api is not None:
-        engines.check_buildable(api)
+    builder = None if config.engine == "none" else building.choose_builder(config.engine)
+    if builder is not None:
+        building.check_builder(builder)
+    _check_decidable(len(images.evaluation.images), config)
     inputs = _Inputs(image, labels, images, ranges, cache)
     with bundles.write_bundle(path) as staging:
         manifest, converted_op_counts = _make_graphs(staging, model, inputs, config, progress)
         (staging / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
         bundles.write_manifest(staging, manifest)
-        built = _build_engines(staging, api, list(manifest.graphs), config, progress)
+        built = _build_engines(staging, builder, config, progress)
         manifest = bundles.Bundle.open(staging).manifest
     return ExportResult(
         bundle=str(path),
@@ -184,7 +186,7 @@ def _make_graphs(
         golden=write_golden(staging, maker.answers, evaluation),
         passes=tuple(converted.passes),
         keras_accuracy=build_proportion(right, len(converted.scores)),
-        data={use: _record(data) for use, data in inputs.images.by_use().items()},
+        data=_records(inputs.images),
         tools=tool_versions("vggedge", "keras", "tensorflow", "tf2onnx", "onnx", "onnxruntime", "numpy"),
         files={},
         adaptations=converted.adaptations,
@@ -220,17 +222,13 @@ def _convert(model: keras.Model | Callable[[], keras.Model], inputs: _Inputs, pr
 
 
 def _build_engines(
-    folder: Path, api: TensorRtApi | None, graphs: list[str], config: ExportConfig, progress: Advance
+    folder: Path, builder: str | None, config: ExportConfig, progress: Advance
 ) -> tuple[EngineRecord, ...]:
-    if api is None:
+    if builder is None:
         return ()
-    wanted = engines.graphs_for(api.product, graphs)
-    records = []
-    for index, name in enumerate(wanted):
-        progress(index, len(wanted), f"building {api.product} engines")
-        records.append(engines.build_into(folder, api, name, EngineConfig(config.batches)))
-    progress(len(wanted), len(wanted), f"building {api.product} engines")
-    return tuple(records)
+    graphs = building.choose_graphs(bundles.Bundle.open(folder), builder, None)
+    result = building.build_engines(folder, builder, graphs, EngineConfig(config.batches), progress=progress)
+    return tuple(each.record for each in result.engines)
 
 
 def _check_inputs(model: keras.Model, inputs: _Inputs) -> None:
@@ -250,5 +248,33 @@ def _check_inputs(model: keras.Model, inputs: _Inputs) -> None:
                 raise DataError(f"{data.name}: class number {target}; the model has {classes} classes, from 0 on.")
 
 
-def _record(data: LabelledImages) -> DataRecord:
-    return DataRecord(name=data.name, images=len(data.images), sha256=hashlib.sha256(data.images.data).hexdigest())
+def _check_decidable(n: int, config: ExportConfig) -> None:
+    """Raise GateError, before hours of work, where even a graph that changed no answer could not be let through."""
+    if config.max_drop is None or config.accept_undecided:
+        return
+    same = np.ones(n, dtype=bool)
+    verdict = judge_drop(build_paired_change(same, same), config.max_drop)
+    if verdict.decision != "pass":
+        needed = f" Needed are at least {verdict.images_needed:,}." if verdict.images_needed else ""
+        raise GateError(
+            f"{n} evaluation images are too few for a limit of {config.max_drop:g} points (--max-drop): even a graph "
+            f"that changes no answer could lose {verdict.drop_high:.2f} points.{needed} Name more (--evaluation, "
+            "--evaluation-images), allow more, or add --accept-undecided."
+        )
+
+
+def _records(images: Images) -> dict[str, DataRecord]:
+    made_with = {digest for use, data in images.by_use().items() if use != "evaluation" for digest in _digests(data)}
+    return {
+        use: DataRecord(
+            name=data.name,
+            images=len(data.images),
+            sha256=hashlib.sha256(data.images.data).hexdigest(),
+            seen=sum(digest in made_with for digest in _digests(data)) if use == "evaluation" else 0,
+        )
+        for use, data in images.by_use().items()
+    }
+
+
+def _digests(data: LabelledImages) -> list[bytes]:
+    return [hashlib.sha256(image.data).digest() for image in data.images]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from vggedge_export.calibration import Activations, Calibration
-from vggedge_export.calibrators import CALIBRATORS
-from vggedge_export.choosing import AUTO, Chooser, spread_rows
+from vggedge_export.calibration import METHODS, Activations, Calibration
+from vggedge_export.choosing import AUTO, Chooser
 from vggedge_export.completion import layer_name
 from vggedge_export.equalization import equalized_graph
 from vggedge_export.float16 import float16_graph, has_float16, overflowing_nodes, rounding_twin
@@ -33,15 +31,17 @@ from vggedge_export.verification import (
     Scores,
     batch_for,
     check_alone,
+    check_equal,
     check_parity,
     compare_scores,
     graph_scores,
+    spread_rows,
 )
 from vggedge_runtime.bundle import GraphRecord
 from vggedge_runtime.errors import GateError, UsageError
 from vggedge_runtime.evidence import CalibrationRecord, GateRecord, Obtained, PrecisionPlan
 from vggedge_runtime.graphs import GRAPHS, PRECISIONS, graphs_of
-from vggedge_runtime.paired import Verdict, judge_drop
+from vggedge_runtime.paired import Verdict, check_limit, judge_drop
 from vggedge_runtime.preprocess import Pixels
 from vggedge_runtime.progress import Advance, ignore_progress
 
@@ -73,12 +73,14 @@ class PrecisionConfig(msgspec.Struct, frozen=True, kw_only=True):
         unknown = [name for name in self.precisions if name not in PRECISIONS]
         if unknown or not self.precisions:
             raise UsageError(f"precisions are {self.precisions}; known: {', '.join(PRECISIONS)}.")
-        if self.calibrator not in (AUTO, *CALIBRATORS):
-            raise UsageError(f"calibrator is {self.calibrator!r}; known: {AUTO}, {', '.join(CALIBRATORS)}.")
-        if self.max_drop is not None and not 0 <= self.max_drop <= 100:
-            raise UsageError(f"max_drop is {self.max_drop:g}; needed are 0 to 100 points of accuracy.")
+        if self.calibrator not in (AUTO, *METHODS):
+            raise UsageError(f"calibrator is {self.calibrator!r}; known: {AUTO}, {', '.join(METHODS)}.")
+        if self.max_drop is not None:
+            check_limit(self.max_drop)
         if self.accept_undecided and self.max_drop is None:
-            raise UsageError("accept_undecided without max_drop: there is no limit to decide on. Set max_drop, too.")
+            raise UsageError(
+                "--accept-undecided without --max-drop: there is no limit that images could be too few for. Set one."
+            )
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -130,6 +132,7 @@ class GraphMaker:
         self.answers: dict[str, Scores] = {}
         self.records: dict[str, GraphRecord] = {}
         self.verdicts: dict[str, Verdict] = {}
+        self._found: dict[bool, Activations] = {}
         self._chooser = Chooser(
             self.folder, self._ask_fp32, self.images.selection, self.config.calibrator, self.progress
         )
@@ -141,7 +144,7 @@ class GraphMaker:
             GateError: a graph loses more than the limit, or the images are too few to tell.
         """
         (self.folder / "graphs").mkdir()
-        self._prove("fp32", self.graph, reference, _Facts(layer_macs(self.graph)))
+        self._prove("fp32", self.graph, reference, _Facts(layer_macs(self.graph)), _Record())
         check_parity(self.records["fp32"].evidence)
         for name in self.config.graphs[1:]:
             if name == "fp16":
@@ -162,52 +165,80 @@ class GraphMaker:
         )
 
     def _make_fp16(self) -> None:
-        found = self._of_fp32
+        found = self._measure(self.graph, is_even=False)
         facts = self._facts(self.graph, found)
         wide = overflowing_nodes(self.graph, found.largest)
-        kept = _layers(self.graph, wide)
-        self._prove("fp16", float16_graph(self.graph, wide), self.answers["fp32"], facts, kept_fp32=kept)
+        record = _Record(kept_fp32=_layers(self.graph, wide))
+        self._prove("fp16", float16_graph(self.graph, wide), self.answers["fp32"], facts, record)
 
     def _make_int8(self, name: str) -> None:
-        """Ranges come from the FP32 graph, equalised for TensorRT-RTX; types from it or from its FP16 cast."""
+        """Ranges come from the FP32 graph or its equalised form; types from that or from its FP16 cast."""
         recipe = self.config.recipe(name)
-        base = equalized_graph(self.graph) if name == "int8-rtx" else self.graph
-        found = self._of_fp32 if base is self.graph else self._measure(base)
-        facts = self._facts(base, found)
-        trained = self.ranges if name == "int8" else None
-        scales, calibration = self._chooser.choose_scales(base, recipe, found, trained)
+        chosen = self._choose_base(name, recipe)
+        base = self._base(chosen.calibration.equalized)
+        facts = self._facts(base, chosen.found)
         plan = None
         if self.config.max_drop is not None:
-            plan = self._chooser.find_plan(base, recipe, scales, facts.macs, self.config.max_drop)
+            plan = self._chooser.find_plan(base, recipe, chosen.scales, facts.macs, self.config.max_drop)
         in_float = plan.chosen.float_layers if plan else ()
         if in_float:
             name = _MIXED[name]
-        facts = replace(facts, scales={layer: scale for layer, scale in scales.items() if layer not in in_float})
-        kept: dict[str, float] = {}
+        facts = replace(facts, scales={layer: scale for layer, scale in chosen.scales.items() if layer not in in_float})
+        record = _Record(calibration=chosen.calibration, plan=plan)
+        del chosen
         if name != "int8":  # in FP16 between the layers
-            wide = underflowing_layers(base, facts.scales) | overflowing_nodes(base, found.largest)
-            kept = _layers(base, wide)
-            base = float16_graph(base, wide)  # lets the FP32 weights of an equalised graph go
+            wide, small = overflowing_nodes(base, facts.largest), underflowing_layers(base, facts.scales)
+            record = replace(record, kept_fp32=_layers(base, wide), fp32_scales=small)
+            base = float16_graph(base, {*wide, *small})  # lets the FP32 weights of an equalised graph go
         graphs = [quantized_graph(base, recipe, facts.scales)]
         del base
-        self._prove(  # which has the only reference then, and can let the weights go
-            name, graphs.pop(), self.answers["fp32"], facts, calibration=calibration, plan=plan, kept_fp32=kept
-        )
+        self._prove(name, graphs.pop(), self.answers["fp32"], facts, record)  # alone, it can let the weights go
         if plan is not None:
             (self.folder / "plans").mkdir(exist_ok=True)
             write_plan_plot(plan, name, self.folder / "plans" / f"{name}.png")
 
-    def _prove(
-        self,
-        name: str,
-        graph: Graph,
-        reference: Scores,
-        facts: _Facts,
-        *,
-        calibration: CalibrationRecord | None = None,
-        plan: PrecisionPlan | None = None,
-        kept_fp32: Mapping[str, float] | None = None,
-    ) -> None:
+    def _choose_base(self, name: str, recipe: QuantizationRecipe) -> _Base:
+        """Which FP32 graph to quantise, by which scales: equalised for TensorRT-RTX, else whichever answers better.
+
+        Equalisation is free where it helps: it changes weights and no operation. It cannot go with trained ranges,
+        which are those of the model as it is.
+        """
+        trained = self.ranges if name == "int8" else None
+        may_choose = self.config.calibrator == AUTO and trained is None
+        variants = (True,) if name == "int8-rtx" else (False, True) if may_choose else (False,)
+        bases = []
+        for is_even in variants:
+            graph = self._base(is_even)
+            difference = self._check_equalized(graph) if is_even else None
+            found = self._measure(graph, is_even)
+            scales, calibration = self._chooser.choose_scales(graph, recipe, found, trained)
+            calibration = msgspec.structs.replace(
+                calibration,
+                equalized=is_even,
+                equalization_difference=difference,
+                candidates=tuple(msgspec.structs.replace(each, equalized=is_even) for each in calibration.candidates),
+            )
+            bases.append(_Base(found, scales, calibration))
+            del graph  # the full VGG-16 has room for one copy of its weights
+        best = min(bases, key=lambda each: min((score.divergence for score in each.calibration.candidates), default=0))
+        tried = tuple(score for each in bases for score in each.calibration.candidates)
+        return replace(best, calibration=msgspec.structs.replace(best.calibration, candidates=tried))
+
+    def _base(self, is_even: bool) -> Graph:
+        return equalized_graph(self.graph) if is_even else self.graph
+
+    def _check_equalized(self, graph: Graph) -> float:
+        """Largest difference of a probability that equalisation made; ConversionError if it is more than rounding."""
+        images, scratch = self.images.evaluation.images, self.folder / "equalized.onnx"
+        rows = spread_rows(len(images), 4 * batch_for(images))
+        graph.write(scratch)
+        scores = graph_scores(scratch, images[rows], "proving equalisation", self.progress)
+        scratch.unlink()
+        difference = float(np.abs(scores - self.answers["fp32"][rows]).max())
+        check_equal(difference, "the equalised graph", "the FP32 graph", len(rows))
+        return difference
+
+    def _prove(self, name: str, graph: Graph, reference: Scores, facts: _Facts, record: _Record) -> None:
         """Write ``graph``, let it or its rounding twin answer, compare, judge, and record all that."""
         file, evaluation = f"graphs/model.{name}.onnx", self.images.evaluation
         graph.write(self.folder / file)
@@ -243,9 +274,10 @@ class GraphMaker:
             op_counts=counts,
             evidence=evidence,
             layers=layers,
-            calibration=calibration,
-            plan=plan,
-            kept_fp32=dict(kept_fp32 or {}),
+            calibration=record.calibration,
+            plan=record.plan,
+            kept_fp32=record.kept_fp32,
+            fp32_scales=record.fp32_scales,
         )
         self._judge(name)
 
@@ -271,13 +303,10 @@ class GraphMaker:
     def _ask_fp32(self, images: Pixels) -> Scores:
         return graph_scores(self.folder / self.records["fp32"].file, images, "asking fp32", self.progress)
 
-    @cached_property
-    def _of_fp32(self) -> Activations:
-        """Of the FP32 graph, from which two others are made."""
-        return self._measure(self.graph)
-
-    def _measure(self, graph: Graph) -> Activations:
-        """What the float tensors of ``graph`` hold over the calibration images."""
+    def _measure(self, graph: Graph, is_even: bool) -> Activations:
+        """What the float tensors of ``graph``, equalised or not, hold over the calibration images; measured once."""
+        if is_even in self._found:
+            return self._found[is_even]
         tensors: list[str] = []
         if "int8" in self.config.precisions:
             tensors = [layer.input[0] for layer in quantized_layers(graph, self.config.recipe("int8"))]
@@ -285,7 +314,9 @@ class GraphMaker:
         calibration = Calibration(
             images, batch_for(images), self.folder / "calibration.onnx", self.progress, self.cache
         )
-        return calibration.measure(graph, tensors, with_histograms=self.config.calibrator != "max")
+        found = calibration.measure(graph, tensors, with_histograms=self.config.calibrator != "max")
+        self._found[is_even] = found
+        return found
 
     def _facts(self, base: Graph, found: Activations) -> _Facts:
         return _Facts(layer_macs(base), found.largest, self._outputs(base))
@@ -294,6 +325,25 @@ class GraphMaker:
         images = self.images.evaluation.images
         rows = spread_rows(len(images), 2 * batch_for(images))
         return layer_outputs(graph, images[rows], self.folder / "layers.onnx")
+
+
+@dataclass(frozen=True)
+class _Base:
+    """How an FP32 graph is to be quantised, equalised or not (``calibration.equalized``)."""
+
+    found: Activations
+    scales: dict[str, float]
+    calibration: CalibrationRecord
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What the manifest says of how a graph was made; the fields are GraphRecord's."""
+
+    calibration: CalibrationRecord | None = None
+    plan: PrecisionPlan | None = None
+    kept_fp32: dict[str, float] = field(default_factory=dict)
+    fp32_scales: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from vggedge_runtime.device import describe_environment
 from vggedge_runtime.errors import BundleError, GateError, MissingDependency, UsageError
 from vggedge_runtime.evidence import Comparison, Obtained
 from vggedge_runtime.graphs import PRECISIONS, graphs_of
-from vggedge_runtime.paired import Verdict, find_flips, judge_drop
+from vggedge_runtime.paired import Verdict, check_limit, find_flips, judge_drop
 from vggedge_runtime.progress import Advance, ignore_progress
 from vggedge_runtime.session import Session
 from vggedge_runtime.statistics import Proportion
@@ -136,8 +136,8 @@ class ReproofConfig:
     accept_undecided: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_drop is not None and not 0 <= self.max_drop <= 100:  # false for NaN, too
-            raise UsageError(f"max_drop is {self.max_drop:g}; needed are 0 to 100 points of accuracy.")
+        if self.max_drop is not None:
+            check_limit(self.max_drop)
         if self.precisions is not None and not self.precisions:
             raise UsageError(f"no precision is named; known: {', '.join(PRECISIONS)}, and the graphs of the bundle.")
 
@@ -164,8 +164,8 @@ def choose_limit(bundle: Bundle, config: ReproofConfig) -> Limit | None:
         return Limit(max_drop=gate.max_drop, accept_undecided=accept, source="manifest")
     if config.accept_undecided:
         raise UsageError(
-            f"accept_undecided, and neither max_drop nor the manifest of {bundle.path} sets a limit to decide on. Set "
-            "max_drop, too."
+            f"--accept-undecided, and neither --max-drop nor the manifest of {bundle.path} sets a limit to decide on. "
+            "Set --max-drop, too."
         )
     return None
 
@@ -249,12 +249,18 @@ def check_gate(result: Reproof) -> None:
         elif graph.verdict is not None and not is_met(graph.verdict, result.limit):
             unmet.append(f"{graph.name} {said[graph.verdict.decision]}")
     if unmet:
-        lacking = any(graph.not_proved is not None for graph in result.graphs)
-        cure = "Install the extra named beside each graph, prove" if lacking else "Prove"
+        decisions = {graph.verdict.decision for graph in result.graphs if graph.verdict is not None}
+        cures = ["leave a graph out (--precision)", "allow more (--max-drop)"]
+        if "undecided" in decisions and not result.limit.accept_undecided:
+            cures[:0] = [
+                "prove on more images (DATA, --images)",
+                "let pass what cannot be decided (--accept-undecided)",
+            ]
+        if any(graph.not_proved is not None for graph in result.graphs):
+            cures.insert(0, "install the extra that is named with each graph")
         raise GateError(
             f"needed is that every graph loses at most {result.limit.max_drop:g} points against fp32: "
-            f"{'; '.join(unmet)}. {cure} on more images (--images), leave a graph out (--precision), or allow more "
-            "(--max-drop, --accept-undecided)."
+            f"{'; '.join(unmet)}. To go on, {', '.join(cures[:-1])}, or {cures[-1]}."
         )
 
 

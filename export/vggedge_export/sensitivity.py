@@ -154,10 +154,10 @@ class Search:
     def _rule(self) -> str:
         if self._can_be_decided():
             return (
-                f"most INT8 work whose loss is at most {self.max_drop:g} points with 99 % confidence, on "
+                f"the most INT8 work found whose loss is at most {self.max_drop:g} points with 99 % confidence, on "
                 f"{len(self.targets)} selection images"
             )
         return (
-            f"most INT8 work without any loss on {len(self.targets)} selection images, which are too few to show of "
-            f"any plan that its loss is at most {self.max_drop:g} points"
+            f"the most INT8 work found without any loss on {len(self.targets)} selection images, which are too few to "
+            f"show of any plan that its loss is at most {self.max_drop:g} points"
         )

@@ -173,10 +173,15 @@ def divergence(reference: Scores, candidate: Scores) -> float:
 
 def check_parity(comparison: Comparison) -> None:
     """Raise ConversionError if the FP32 graph does not compute what Keras computes."""
-    if comparison.max_abs_difference > PARITY_LIMIT:
+    check_equal(comparison.max_abs_difference, "the FP32 graph", "Keras", comparison.images)
+
+
+def check_equal(difference: float, what: str, reference: str, images: int) -> None:
+    """Raise ConversionError if two ways to compute the same in FP32 differ by more than their rounding."""
+    if difference > PARITY_LIMIT:
         raise ConversionError(
-            f"the FP32 graph differs from Keras by {comparison.max_abs_difference:.3g} in a probability, on "
-            f"{comparison.images} images; allowed is {PARITY_LIMIT:g}. Nothing was written. Either the model magnifies "
+            f"{what} differs from {reference} by {difference:.3g} in a probability, on "
+            f"{images} images; allowed is {PARITY_LIMIT:g}. Nothing was written. Either the model magnifies "
             "rounding, as untrained and diverged ones do (check its accuracy in Keras), or the conversion has a "
             "defect: then please report the model's layers."
         )
@@ -186,6 +191,12 @@ def batch_for(images: Pixels) -> int:
     """Images at a time: bounds the activations of a full VGG to some 100 MB, whatever the image size."""
     pixels = int(images.shape[1] * images.shape[2])
     return max(1, min(128, (1 << 17) // pixels))
+
+
+def spread_rows(length: int, count: int) -> NDArray[np.int64]:
+    """``count`` of ``length`` rows, or all, evenly spread: a folder's images come class by class."""
+    kept = min(count, length)
+    return np.arange(kept, dtype=np.int64) * length // kept
 
 
 def _in_batches(run: Callable[[Pixels], Any], images: Pixels, what: str, progress: Advance) -> Scores:

@@ -68,12 +68,14 @@ class CalibratorScore(msgspec.Struct, frozen=True, kw_only=True):
     """What one way to set INT8 ranges costs.
 
     Attributes:
-        method: a name from calibrators.py.
+        method: its name.
+        equalized: whether the layers were equalised before.
         divergence: mean Kullback-Leibler divergence of the INT8 answers from the float ones, nats an image.
         agreement: images whose top-1 class is the same.
     """
 
     method: str
+    equalized: bool = False
     divergence: float
     agreement: Proportion
 
@@ -83,11 +85,16 @@ class CalibrationRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         method: the calibrator taken, or ``trained``: ranges that quantisation-aware training fixed.
+        equalized: whether the layers were equalised before (Nagel et al. 2019, arXiv 1906.04721).
+        equalization_difference: largest difference of a probability that this made, with everything in FP32; None
+            where it was not done.
         candidates: all that were compared, on selection images and with FP32 between the layers; empty where one
             was asked for.
     """
 
     method: str
+    equalized: bool = False
+    equalization_difference: float | None = None
     candidates: tuple[CalibratorScore, ...] = ()
 
 

@@ -137,6 +137,15 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         return f"{seen}, {bound} with 95 % confidence; {allowed}"
 
 
+def check_limit(max_drop: float) -> None:
+    """Raise UsageError unless ``max_drop`` is a limit that a user can mean: above 0 to 100 points."""
+    if not 0 < max_drop <= 100:  # false for NaN, too
+        raise UsageError(
+            f"the limit (--max-drop) is {max_drop:g}; needed are above 0 to 100 points of accuracy. No number of "
+            "images shows a loss of nothing at all."
+        )
+
+
 def judge_drop(change: PairedChange, max_drop: float) -> Verdict:
     """Decide whether the candidate's accuracy drops by no more than ``max_drop`` points.
 

@@ -16,6 +16,7 @@ HEAVY = (
     "onnx",
     "tf2onnx",
     "onnxruntime",
+    "openvino",
     "tensorrt",
     "tensorrt_rtx",
     "pycuda",

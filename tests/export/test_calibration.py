@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from vggedge_export import calibration as module
-from vggedge_export.calibration import Activations, Calibration, cache_folder
+from vggedge_export.calibration import METHODS, OUTPUT_ERROR, Activations, Calibration, cache_folder
 from vggedge_export.calibrators import BINS, CALIBRATORS
 from vggedge_export.graph import Graph, make_node, value_info
+from vggedge_export.verification import batch_for, spread_rows
 from vggedge_runtime.errors import ConversionError
 from vggedge_runtime.progress import ignore_progress
 
@@ -53,7 +54,7 @@ def numpy_maxima(images: np.ndarray, kernel: np.ndarray = KERNEL) -> dict[str, f
 
 @pytest.fixture
 def measure(tmp_path: Path) -> Callable[..., Activations]:
-    """``measure(...)``: by default both streams over all images, and no cache."""
+    """``measure(...)``: by default all three streams over all images, and no cache."""
 
     def run(**options: Any) -> Activations:
         settings: dict[str, Any] = {
@@ -75,6 +76,7 @@ def same(first: Activations, second: Activations) -> bool:
     """Whether two measurements are the same to the last bit and in the same order."""
     return (
         list(first.largest.items()) == list(second.largest.items())
+        and list(first.by_output.items()) == list(second.by_output.items())
         and list(first.histograms) == list(second.histograms)
         and all(
             first.histograms[name].largest == second.histograms[name].largest
@@ -158,7 +160,7 @@ def test_pixels_fall_into_their_bins(measure: Callable[..., Activations]) -> Non
 def test_without_histograms_the_images_are_gone_through_once(measure: Callable[..., Activations]) -> None:
     seen: list[str] = []
     found = measure(with_histograms=False, progress=lambda done, total, what: seen.append(what))
-    assert found.histograms == {}
+    assert (found.histograms, found.by_output) == ({}, {})
     assert set(seen) == {"calibrating"}
     assert found.largest == measure().largest
 
@@ -170,7 +172,7 @@ def test_two_layers_may_read_one_tensor(measure: Callable[..., Activations]) -> 
 def test_nothing_to_quantise_has_no_histograms(measure: Callable[..., Activations], tmp_path: Path) -> None:
     for _ in range(2):  # measured, then read
         found = measure(tensors=[], cache=tmp_path / "cache")
-        assert found.histograms == {}
+        assert (found.histograms, found.by_output) == ({}, {})
         assert found.largest == measure().largest
 
 
@@ -209,6 +211,44 @@ def test_percentile_clips_one_outlier_among_many(measure: Callable[..., Activati
     assert found.magnitude("t", "percentile") == pytest.approx(10, abs=250 / BINS)
 
 
+# --- the errors behind the layers
+
+
+def test_the_method_of_outputs_is_the_last_of_all() -> None:
+    assert METHODS == (*CALIBRATORS, OUTPUT_ERROR) == ("max", "percentile", "entropy", "mse", "output")
+
+
+def test_a_magnitude_by_output_leaves_the_layer_behind_least_off(measure: Callable[..., Activations]) -> None:
+    """Kernels of 1x1: the sums of squares are those of a matrix product; test_output_error.py has all the others."""
+    found = measure()
+    assert list(found.by_output) == TENSORS
+    for tensor, kernel in (("t", KERNEL[:, :, 0, 0]), ("relu", np.full((2, 6), 1 / 6))):
+        values, harm = numpy_tensors(IMAGES)[tensor], {}
+        for step in range(11):
+            magnitude = found.largest[tensor] * 2 ** (-step / 2)
+            rounded = np.clip(np.rint(values / magnitude * 127), -128, 127) * magnitude / 127
+            harm[magnitude] = float(np.square((rounded - values) @ kernel.T).sum())
+        assert found.magnitude(tensor, OUTPUT_ERROR) == pytest.approx(min(harm, key=harm.__getitem__))
+
+
+def test_of_many_images_some_are_taken_evenly_spread_whatever_the_batch(
+    measure: Callable[..., Activations], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that are not taken are bright: they would ask for the whole range."""
+    monkeypatch.setattr(module, "_OUTPUT_BATCHES", 1)
+    images = np.full((600, 4, 5, 3), 250, np.uint8)
+    rows = spread_rows(len(images), batch_for(images))
+    images[rows] = RNG.integers(0, 9, (len(rows), 4, 5, 3))
+    told: list[tuple] = []
+    found = [measure(images=images, batch=batch, progress=lambda *what: told.append(what)) for batch in (7, 128, 600)]
+    assert found[0].largest["t"] == 250
+    assert found[0].by_output["t"] < 250 / 16
+    assert all(same(found[0], other) for other in found[1:])
+    assert {total for _, total, what in told if what == "comparing INT8 ranges"} == {128}
+    monkeypatch.undo()
+    assert measure(images=images, batch=128).by_output["t"] > 125
+
+
 # --- what goes on around it
 
 
@@ -222,10 +262,15 @@ def test_the_graph_is_not_changed_and_the_scratch_file_is_removed(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_progress_counts_images_to_the_last_in_both_streams(measure: Callable[..., Activations]) -> None:
+def test_progress_counts_images_to_the_last_in_every_stream(measure: Callable[..., Activations]) -> None:
     seen: list[tuple] = []
     measure(batch=10, progress=lambda *told: seen.append(told))
-    assert seen == [(done, 23, what) for what in ("calibrating", "counting activations") for done in (10, 20, 23)]
+    plain = [(done, 23, what) for what in ("calibrating", "counting activations") for done in (10, 20, 23)]
+    assert seen[:6] == plain
+    last = seen[6:]  # in smaller batches: it holds every layer's input eleven times
+    assert {(total, what) for _, total, what in last} == {(23, "comparing INT8 ranges")}
+    steps = [done for done, *_ in last]
+    assert (steps, steps[-1]) == (sorted(set(steps)), 23)
 
 
 # --- what cannot be measured
@@ -281,7 +326,7 @@ def test_finite_values_whose_sum_is_not_are_measured(measure: Callable[..., Acti
 def no_run(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Call it, and from then on no graph can be run."""
 
-    def refuse(source: object) -> None:
+    def refuse(source: object, **options: object) -> None:
         raise AssertionError("the graph was run")
 
     return lambda: monkeypatch.setattr(module, "open_ort_session", refuse)
@@ -299,7 +344,7 @@ def test_what_was_measured_once_is_read_and_equal(
         second = measure(cache=cache, with_histograms=with_histograms, batch=batch)
         assert same(first, second)
         assert all(type(value) is float for value in second.largest.values())
-    for method in CALIBRATORS if with_histograms else ["max"]:
+    for method in METHODS if with_histograms else ["max"]:
         assert first.magnitude("relu", method) == second.magnitude("relu", method)
 
 
@@ -354,6 +399,18 @@ def test_what_another_onnx_runtime_measured_is_not_read(
     measure(cache=tmp_path / "cache")
     monkeypatch.setattr(module, "version_of", lambda *distributions: "0.0.1")
     measure(cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_what_older_code_measured_is_not_read(
+    measure: Callable[..., Activations], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Format 2 had nothing of the outputs."""
+    assert module._CACHE_FORMAT == "3"
+    with monkeypatch.context() as older:
+        older.setattr(module, "_CACHE_FORMAT", "2")
+        measure(cache=tmp_path / "cache")
+    assert same(measure(cache=tmp_path / "cache"), measure())
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 

@@ -459,6 +459,7 @@ def test_backbones_keep_their_numbers_and_one_transpose(
     clean: Callable[..., Graph],
     run_graph: Callable[..., list[np.ndarray]],
 ) -> None:
+    keras.utils.set_random_seed(5)  # some draws answer all images nearly alike
     model = make()
     graph, images = clean(model), images_for(model)
     assert normalizing_layer(model) == model.layers[2].name

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from vggedge_export import choosing, golden, pipeline, precision
+from vggedge_export import calibration, choosing, golden, pipeline, precision
 from vggedge_export.graph import Graph, read_graph
 from vggedge_export.passes import PASSES
 from vggedge_export.pipeline import ExportConfig, ExportResult, export
@@ -28,6 +28,7 @@ from vggedge_runtime.errors import (
     BundleError,
     ConversionError,
     DataError,
+    GateError,
     MissingDependency,
     ModelError,
     UsageError,
@@ -148,6 +149,11 @@ def test_the_manifest_says_what_was_exported_from_what(
         "selection": "voted, 20 images",
         "evaluation": "scenes:24, 24 images",
     }
+    assert {use: each.seen for use, each in manifest.data.items()} == {
+        "calibration": 0,
+        "selection": 0,
+        "evaluation": 24,  # the ranges were set with them, too
+    }
     assert manifest.gate is None
     assert datetime.fromisoformat(manifest.created).utcoffset().total_seconds() == 0
     assert {"keras", "tensorflow", "tf2onnx", "onnx", "onnxruntime", "numpy"} <= set(manifest.tools)
@@ -232,6 +238,26 @@ def test_every_graphs_layers_cost_what_the_analysis_of_the_model_says(whole: tup
         assert {layer.name: layer.macs for layer in record.layers} == wanted
 
 
+def test_evaluation_images_that_had_a_part_in_the_making_are_counted() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 2, 3, 3), dtype=np.uint8)
+
+    def some(*rows: int) -> LabelledImages:
+        return LabelledImages("some", pixels[list(rows)], np.zeros(len(rows), np.int64))
+
+    def seen(calibration: LabelledImages, evaluation: LabelledImages, selection: LabelledImages | None) -> int:
+        records = pipeline._records(Images(calibration, evaluation, selection))
+        assert {record.seen for use, record in records.items() if use != "evaluation"} == {0}
+        return records["evaluation"].seen
+
+    assert seen(some(0, 1, 2), some(3, 4), some(5, 6)) == 0
+    assert seen(some(0, 1, 2), some(2, 3, 4, 5), some(5, 6)) == 2  # one of each
+    assert seen(some(0, 1, 2), some(2, 2, 3), some(2)) == 2  # twice evaluated, and in both others
+    assert seen(some(3, 3), some(3, 4), None) == 1
+    nearly = some(0)
+    nearly.images[0, 1, 2, 2] ^= 1
+    assert seen(some(0), nearly, None) == 0
+
+
 # --- golden answers
 
 
@@ -276,7 +302,7 @@ def test_without_engines_nothing_of_tensorrt_is_looked_for(
     def load(product: str) -> Any:
         raise AssertionError("no engine was asked for")
 
-    monkeypatch.setattr(pipeline, "load_tensorrt", load)
+    monkeypatch.setattr(pipeline.building, "choose_builder", load)
     result = export(model, tmp_path / "b", **settings, config=ExportConfig(engine="none"))
     files = {str(file.relative_to(tmp_path / "b")) for file in (tmp_path / "b").rglob("*") if file.is_file()}
     assert files == COVERED | {"manifest.json"}
@@ -306,11 +332,12 @@ def test_fp32_and_the_precisions_asked_for_are_made(
 
 def test_progress_is_told_step_by_step(whole: tuple[Path, ExportResult], told: list[tuple]) -> None:
     steps = list(dict.fromkeys(what for *_, what in told))
-    expected = ["asking Keras", "converting", "proving fp32", "calibrating", "counting activations", "proving fp16"]
-    expected += ["comparing calibrators", "asking fp32", "proving int8", "proving int8-rtx"]
+    expected = ["asking Keras", "converting", "proving fp32", "calibrating", "counting activations"]
+    expected += ["comparing INT8 ranges", "proving fp16", "comparing calibrators", "asking fp32"]
+    expected += ["proving equalisation", "proving int8", "proving int8-rtx"]
     expected += [] if ENGINE == "none" else [f"building {ENGINE} engines"]
     assert steps == expected
-    ends = {(1, 1), (3, 3), (4, 4), (20, 20), (24, 24), (32, 32)}
+    ends = {(1, 1), (3, 3), (5, 5), (20, 20), (24, 24), (32, 32), (300, 300)}  # three engines, in hundredths
     for step in steps:
         assert [(done, total) for done, total, what in told if what == step][-1] in ends
     assert all(0 <= done <= total for done, total, _ in told)
@@ -390,18 +417,21 @@ STAGES = [
     "precision.layer_outputs",
     "precision.quantized_graph",
     "precision.equalized_graph",
+    "precision.check_equal",
+    "calibration.best_magnitudes",
     "precision.compare_scores",
     "precision.Chooser.choose_scales",
     "choosing.graph_scores",
     "golden.choose_golden",
     "golden.np.save",
     "bundles.write_manifest",
-    "engines.build_into",
+    "building.build_engines",
     "bundles._swap",
 ]
 
 
 OWNERS: dict[str, Any] = {"Graph": Graph, "precision": precision, "choosing": choosing, "golden": golden}
+OWNERS["calibration"] = calibration
 
 
 @pytest.fixture(scope="module")
@@ -428,14 +458,14 @@ def test_a_failure_at_any_stage_leaves_the_old_bundle_byte_for_byte(
     def fail(*arguments: Any, **options: Any) -> None:
         raise error("halfway")
 
-    monkeypatch.setattr(pipeline, "load_tensorrt", lambda product: SimpleNamespace(product="tensorrt_rtx"))
-    monkeypatch.setattr(pipeline.engines, "check_buildable", lambda api: None)
+    monkeypatch.setattr(pipeline.building, "choose_builder", lambda product: product)
+    monkeypatch.setattr(pipeline.building, "check_builder", lambda product: None)
     *owners, name = stage.split(".")
     target: Any = pipeline
     for owner in owners:
         target = OWNERS.get(owner) or getattr(target, owner)
     if stage == "bundles._swap":
-        monkeypatch.setattr(pipeline.engines, "build_into", lambda *arguments: None)
+        monkeypatch.setattr(pipeline.building, "build_engines", lambda *_, **__: SimpleNamespace(engines=()))
     monkeypatch.setattr(target, name, fail)
     with pytest.raises(error, match="halfway"):
         export(model, path, **settings, config=ExportConfig(engine="tensorrt_rtx"))
@@ -507,6 +537,35 @@ def test_a_missing_tensorrt_is_told_before_the_model_is_loaded(
     monkeypatch.setattr(tensorrt_api, "installed_products", lambda: ())
     with pytest.raises(MissingDependency, match="--no-engine"):
         export(untouchable, tmp_path / "b", **settings, config=ExportConfig(engine="auto"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("precisions", [("fp32", "fp16"), ("int8",)])
+@pytest.mark.parametrize(("max_drop", "few", "enough"), [(4.0, 64, 65), (20.0, 10, 11)])
+def test_too_few_evaluation_images_for_the_limit_are_told_before_the_model_is_loaded(
+    max_drop: float, few: int, enough: int, precisions: tuple, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """z^2 (1 - limit) / limit of them are needed, and even the graph that changes nothing needs them."""
+    assert enough == np.ceil(1.6449**2 * (100 - max_drop) / max_drop)
+
+    def attempt(count: int, **options: Any) -> None:
+        many = LabelledImages("many", np.zeros((count, 32, 32, 3), np.uint8), np.zeros(count, np.int64))
+        config = ExportConfig(engine="none", precisions=precisions, max_drop=max_drop, **options)
+        given = settings | {"images": replace(settings["images"], evaluation=many)}
+        export(untouchable, tmp_path / "b", **given, config=config)
+
+    with pytest.raises(GateError) as raised:
+        attempt(few)
+    said = str(raised.value)
+    assert said.startswith(f"{few} evaluation images are too few for a limit of {max_drop:g} points (--max-drop): even")
+    assert f"Needed are at least {enough}." in said
+    for advice in ("--evaluation-images", "allow more", "--accept-undecided"):
+        assert advice in said
+    assert raised.value.exit_code == 3
+    with pytest.raises(AssertionError, match="the model was asked for"):
+        attempt(enough)
+    with pytest.raises(AssertionError, match="the model was asked for"):
+        attempt(few, accept_undecided=True)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,13 +15,13 @@ from PIL import Image
 
 from vggedge_export import engine as engines
 from vggedge_export import precision
-from vggedge_export.calibration import Calibration
-from vggedge_export.calibrators import CALIBRATORS
+from vggedge_export.calibration import METHODS, Activations, Calibration
+from vggedge_export.equalization import equalized_graph
 from vggedge_export.float16 import float16_graph, rounding_twin
 from vggedge_export.graph import Graph, read_graph
 from vggedge_export.pipeline import ExportConfig, ExportResult, export
 from vggedge_export.precision import GraphMaker, PrecisionConfig
-from vggedge_export.quantization import INT8, quantized_layers
+from vggedge_export.quantization import INT8, input_scales, quantized_graph, quantized_layers
 from vggedge_export.verification import Images, LabelledImages, compare_scores, divergence, graph_scores
 from vggedge_runtime.bundle import Bundle
 from vggedge_runtime.dependencies import is_installed
@@ -354,8 +354,15 @@ def test_rtx_builds_the_mixed_graph_made_for_it_and_runs_the_plans_layers_in_int
 # --- the gate
 
 
+TAKEN = "output"
+"""The calibrator that the graphs of ``plain`` came out with."""
+
+
 def no_worse(plain: Exported, images: Images, run_graph: Run) -> LabelledImages:
-    """Selection images that show nothing: INT8 answers all of them as FP32 does."""
+    """Selection images that show nothing: INT8, calibrated by TAKEN, answers all of them as FP32 does."""
+    taken = plain[1].manifest.graphs["int8"].calibration
+    assert taken is not None
+    assert (taken.method, taken.equalized) == (TAKEN, False)
     pixels, targets = images.selection.images, images.selection.targets
     right = np.ones(len(targets), dtype=bool)
     for name in ("int8", "int8-rtx"):
@@ -383,7 +390,7 @@ def test_a_plan_that_looks_good_on_the_selection_images_and_is_not_fails_the_gat
     easy = replace(images, selection=no_worse(plain, images, run_graph))
     before = content(old.parent)
     with pytest.raises(GateError) as raised:
-        run_export(hard, old, easy, cache=cache, config={"max_drop": BUDGET, "calibrator": "entropy"})
+        run_export(hard, old, easy, cache=cache, config={"max_drop": BUDGET, "calibrator": TAKEN})
     said = str(raised.value)
     assert raised.value.exit_code == 3
     assert said.startswith("int8: loses 4")
@@ -403,29 +410,34 @@ def test_nothing_is_advised_for_fp16_that_would_help_int8_only(
     assert "--precision" in str(raised.value)
 
 
-def test_few_images_leave_it_undecided_and_the_old_bundle_in_place(
-    hard: Any, images: Images, cache: Path, old: Path
+def test_too_few_images_to_tell_leave_the_old_bundle_in_place(
+    plain: Exported, hard: Any, images: Images, cache: Path, old: Path, run_graph: Run
 ) -> None:
-    few = replace(images, evaluation=labelled(hard, "few", draw(5, 30)))
+    """They would do for a graph that loses nothing: INT8 loses 43.25 points on them."""
+    easy = replace(images, selection=no_worse(plain, images, run_graph))
     before = content(old.parent)
+    config = {"max_drop": 45.0, "precisions": ("int8",), "calibrator": TAKEN}
     with pytest.raises(GateError) as raised:
-        run_export(hard, old, few, cache=cache, config={"max_drop": BUDGET, "precisions": ("fp16",)})
+        run_export(hard, old, easy, cache=cache, config=config)
     said = str(raised.value)
-    assert "fp16: not enough images to decide: the loss is between -8.27 and 8.27 points, allowed are 4.00" in said
-    for advice in ("--evaluation-images", "--max-drop", "--accept-undecided"):
+    assert said.startswith("int8: not enough images to decide: the loss is between 3")
+    assert "points, allowed are 45.00; about" in said
+    for advice in ("prove on more images (--evaluation, --evaluation-images)", "--max-drop", "--accept-undecided"):
         assert advice in said
     assert content(old.parent) == before
 
 
 def test_more_images_are_not_advised_where_no_number_of_them_would_decide(
-    make: Callable[..., GraphMaker], hard: Any, images: Images
+    plain: Exported, make: Callable[..., GraphMaker], images: Images, run_graph: Run
 ) -> None:
-    """That nothing at all is lost cannot be shown."""
-    few = replace(images, evaluation=labelled(hard, "few", draw(5, 30)))
-    with pytest.raises(GateError, match=r"^fp16: not enough .* no practicable number of images would decide") as raised:
-        make(given=few, precisions=("fp16",), max_drop=0.0)
+    """The drop is just the limit."""
+    easy = replace(images, selection=no_worse(plain, images, run_graph))
+    drop = -plain[1].manifest.graphs["int8"].evidence.change.points
+    with pytest.raises(GateError, match=r"^int8: not enough .* no practicable number of images would decide") as raised:
+        make(given=easy, precisions=("int8",), calibrator=TAKEN, max_drop=drop)
     assert "more images" not in str(raised.value)
     assert "--max-drop" in str(raised.value)
+    assert "--accept-undecided" in str(raised.value)
 
 
 def test_accepting_what_is_undecided_lets_it_through_and_the_manifest_says_so(
@@ -448,7 +460,7 @@ def test_what_fails_is_not_let_through_as_undecided(
 ) -> None:
     easy = replace(images, selection=no_worse(plain, images, run_graph))
     with pytest.raises(GateError, match=r"^int8: loses 4"):
-        make(given=easy, max_drop=BUDGET, accept_undecided=True, precisions=("int8",), calibrator="entropy")
+        make(given=easy, max_drop=BUDGET, accept_undecided=True, precisions=("int8",), calibrator=TAKEN)
 
 
 def test_an_int8_graph_that_keeps_the_limit_is_no_mixed_one(make: Callable[..., GraphMaker]) -> None:
@@ -470,7 +482,7 @@ def magnitudes(maker: GraphMaker, name: str) -> dict[str, float]:
     return {each.name: each.int8_magnitude for each in maker.records[name].layers if each.int8_magnitude is not None}
 
 
-@pytest.mark.parametrize("method", CALIBRATORS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_named_calibrator_sets_the_ranges(
     method: str, make: Callable[..., GraphMaker], fp32: Graph, images: Images, tmp_path: Path
 ) -> None:
@@ -480,6 +492,8 @@ def test_a_named_calibrator_sets_the_ranges(
         record = maker.records[name].calibration
         assert record is not None
         assert (record.method, record.candidates) == (method, ())
+        assert record.equalized == (name == "int8-rtx")
+        assert (record.equalization_difference is None) == (name == "int8")
     calibration = Calibration(images.calibration.images, 8, tmp_path / "probe.onnx", ignore_progress)
     inputs = {layer.name: layer.input[0] for layer in quantized_layers(fp32, INT8)}
     found = calibration.measure(fp32, list(inputs.values()), with_histograms=True)
@@ -491,39 +505,116 @@ def test_a_named_calibrator_sets_the_ranges(
         assert graph.weights[f"{layer}/input_scale"] == pytest.approx(magnitude / 127)
 
 
-def test_auto_takes_the_calibrator_of_least_divergence_on_the_selection_images(
-    plain: Exported, make: Callable[..., GraphMaker], images: Images, run_graph: Run
+@pytest.fixture(scope="module")
+def uneven(fp32: Graph) -> Graph:
+    """``hard`` with its two large channels where equalisation reaches them: behind the second convolution."""
+    graph = fp32.copy()
+    graph.weights = {name: array.copy() for name, array in fp32.weights.items()}
+    for layer, reader, factor in (("conv1", "conv2", 0.01), ("conv2", "conv3", 100.0)):
+        graph.weights[f"{layer}/kernel"][:2] *= factor
+        graph.weights[f"{layer}/bias"][:2] *= factor
+        graph.weights[f"{reader}/kernel"][:, :2] /= factor
+    return graph
+
+
+def calibrate(graph: Graph, images: Images, tmp_path: Path) -> Activations:
+    tensors = [layer.input[0] for layer in quantized_layers(graph, INT8)]
+    calibration = Calibration(images.calibration.images, 100, tmp_path / "probe.onnx", ignore_progress)
+    return calibration.measure(graph, tensors, with_histograms=True)
+
+
+@pytest.mark.parametrize("is_uneven", [False, True])
+def test_auto_takes_the_calibrator_and_the_equalisation_of_least_divergence_on_the_selection_images(
+    is_uneven: bool,
+    make: Callable[..., GraphMaker],
+    request: pytest.FixtureRequest,
+    images: Images,
+    run_graph: Run,
+    tmp_path: Path,
 ) -> None:
-    graphs = plain[1].manifest.graphs
+    graph = request.getfixturevalue("uneven" if is_uneven else "fp32")
+    maker = make(graph=graph, precisions=("int8",))
+    record = maker.records["int8"].calibration
+    assert record is not None
+    wanted = [(method, is_even) for is_even in (False, True) for method in METHODS]
+    assert [(each.method, each.equalized) for each in record.candidates] == wanted
+    best = min(record.candidates, key=lambda each: each.divergence)
+    assert (record.method, record.equalized) == (best.method, best.equalized)
+    assert record.equalized == is_uneven
+    assert max(each.divergence for each in record.candidates) > 1.2 * best.divergence
+
+    (reference,) = run_graph(graph, images=images.selection.images)
+    bases = {False: graph, True: equalized_graph(graph)}
+    found = {is_even: calibrate(base, images, tmp_path) for is_even, base in bases.items()}
+    for each in record.candidates:
+        base, activations = bases[each.equalized], found[each.equalized]
+        ranges = {x.name: activations.magnitude(x.input[0], each.method) for x in quantized_layers(base, INT8)}
+        int8 = quantized_graph(base, INT8, input_scales(base, INT8, ranges))
+        (answers,) = run_graph(int8, images=images.selection.images)
+        assert each.divergence == pytest.approx(divergence(reference, answers), rel=1e-3)
+        assert each.agreement.count == (answers.argmax(1) == reference.argmax(1)).sum()
+        if each == best:
+            ranges["conv1"] = 127 / 128
+            assert magnitudes(maker, "int8") == pytest.approx(ranges)
+            made = read_graph(maker.folder / maker.records["int8"].file)
+            np.testing.assert_array_equal(made.weights["conv3/kernel_int8"], int8.weights["conv3/kernel_int8"])
+
+
+def test_equalisation_is_proved_where_it_is_done(make: Callable[..., GraphMaker], uneven: Graph) -> None:
+    maker = make(graph=uneven, precisions=("int8",))
     for name in ("int8", "int8-rtx"):
-        record = graphs[name].calibration
-        assert [each.method for each in record.candidates] == list(CALIBRATORS)
-        best = min(record.candidates, key=lambda each: each.divergence)
-        assert record.method == best.method
-        assert max(each.divergence for each in record.candidates) > 1.2 * best.divergence
-    reference = run_graph(read_graph(plain[0] / "graphs/model.fp32.onnx"), images=images.selection.images)[0]
-    for each in graphs["int8"].calibration.candidates:
-        maker = make(precisions=("int8",), calibrator=each.method)
-        if each.method == graphs["int8"].calibration.method:
-            layers_of = {layer.name: layer.int8_magnitude for layer in graphs["int8"].layers}
-            assert magnitudes(maker, "int8") == {name: layers_of[name] for name in FULL_INT8}
-        graph = read_graph(maker.folder / "graphs/model.int8.onnx")
-        found = run_graph(graph, images=images.selection.images)[0]
-        assert each.divergence == pytest.approx(divergence(reference, found), rel=1e-3)
-        assert each.agreement.count == (found.argmax(1) == reference.argmax(1)).sum()
+        record = maker.records[name].calibration
+        assert record is not None
+        assert record.equalized
+        assert record.equalization_difference is not None
+        assert 0 < record.equalization_difference < 1e-4
+    rtx = maker.records["int8-rtx"].calibration
+    assert rtx is not None
+    assert [(each.method, each.equalized) for each in rtx.candidates] == [(method, True) for method in METHODS]
+    assert not (maker.folder / "equalized.onnx").exists()
 
 
-def test_trained_ranges_are_taken_as_they_are_for_int8_only(make: Callable[..., GraphMaker]) -> None:
+@pytest.mark.parametrize("calibrator", ["auto", "max"])
+def test_an_equalisation_that_changes_the_answers_is_a_defect(
+    calibrator: str, make: Callable[..., GraphMaker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(graph: Graph) -> Graph:
+        even = equalized_graph(graph)
+        even.weights["conv3/kernel"] = even.weights["conv3/kernel"] * np.float32(1.5)
+        return even
+
+    monkeypatch.setattr(precision, "equalized_graph", broken)
+    said = r"^the equalised graph differs from the FP32 graph by .* on 400 images; .*\. Nothing was written\."
+    with pytest.raises(ConversionError, match=said):
+        make(precisions=("int8",), calibrator=calibrator)
+
+
+def test_where_equalisation_changes_nothing_the_plain_graph_is_taken(
+    make: Callable[..., GraphMaker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "equalized_graph", Graph.copy)
+    record = make(precisions=("int8",)).records["int8"].calibration
+    assert record is not None
+    plain, even = record.candidates[: len(METHODS)], record.candidates[len(METHODS) :]
+    assert [each.divergence for each in plain] == [each.divergence for each in even]
+    assert (record.equalized, record.equalization_difference) == (False, None)
+
+
+@pytest.mark.parametrize("calibrator", ["max", "auto"])
+def test_trained_ranges_are_taken_as_they_are_for_int8_only(calibrator: str, make: Callable[..., GraphMaker]) -> None:
     ranges = {"conv1": 9.0, "conv2": 250.0, "conv3": 5.5, "fc1": 2.25, "top": 1.0}
-    maker = make(ranges=ranges, precisions=("int8",), calibrator="max")
-    assert maker.records["int8"].calibration.method == "trained"
+    maker = make(ranges=ranges, precisions=("int8",), calibrator=calibrator)
+    trained = maker.records["int8"].calibration
+    assert trained is not None
+    assert (trained.method, trained.candidates) == ("trained", ())
+    assert (trained.equalized, trained.equalization_difference) == (False, None)
     assert magnitudes(maker, "int8") == pytest.approx({"conv1": 127 / 128, "conv2": 250.0, "conv3": 5.5, "fc1": 2.25})
-    assert maker.records["int8-rtx"].calibration.method == "max"  # its weights are others, and so its activations
+    assert maker.records["int8-rtx"].calibration.method in METHODS  # its weights are others, and so its activations
     assert magnitudes(maker, "int8-rtx")["conv3"] != pytest.approx(5.5)
 
 
 def test_trained_ranges_that_lack_a_layer_are_refused(make: Callable[..., GraphMaker]) -> None:
-    with pytest.raises(ModelError, match=r"ranges have none for conv3, fc1\. They belong to another model"):
+    with pytest.raises(ModelError, match=r"ranges have none for conv3, fc1\. .* belong to another model"):
         make(ranges={"conv1": 1.0, "conv2": 2.0}, precisions=("int8",), calibrator="max")
 
 
@@ -586,6 +677,32 @@ def test_evidence_of_a_graph_with_layers_in_fp32_agrees_with_its_file(
     assert result.manifest.graphs["fp16"].evidence.accuracy.count >= 399
     assert set(result.manifest.graphs["int8-rtx"].kept_fp32) >= {"conv1", "conv2"}
     assert result.manifest.graphs["int8"].kept_fp32 == {}
+    for record in result.manifest.graphs.values():
+        assert record.fp32_scales == {}  # too large is not too small
+
+
+def test_a_layer_whose_scale_fp16_cannot_hold_keeps_it_in_fp32_and_is_recorded_apart(
+    make: Callable[..., GraphMaker], fp32: Graph
+) -> None:
+    """Equalisation does not reach over the average between conv3 and fc1."""
+    graph = fp32.copy()
+    graph.weights = {name: array.copy() for name, array in fp32.weights.items()}
+    for name, factor in (("conv3/kernel", 1e-3), ("conv3/bias", 1e-3), ("fc1/kernel", 1e3)):
+        graph.weights[name] *= np.float32(factor)
+    maker = make(graph=graph, precisions=("fp16", "int8"), calibrator="max")
+    records = maker.records
+    assert records["fp16"].fp32_scales == records["int8"].fp32_scales == {}
+    record = records["int8-rtx"]
+    magnitude = next(each.int8_magnitude for each in record.layers if each.name == "fc1")
+    assert record.kept_fp32 == {}
+    assert record.fp32_scales == pytest.approx({"fc1": magnitude})
+    assert 0 < record.fp32_scales["fc1"] < 127 * 2.0**-14
+    made = read_graph(maker.folder / record.file)
+    types = {layer: made.weights[f"{layer}/input_scale"].dtype for layer in FULL_INT8}
+    assert types == dict.fromkeys(FULL_INT8, np.float16) | {"fc1": np.float32}
+    assert {each.name: each.precision for each in record.layers if each.name != "top"} == dict.fromkeys(
+        FULL_INT8, "int8"
+    )
 
 
 def test_a_layer_that_overflows_only_on_evaluation_images_is_refused_by_name(
@@ -603,11 +720,12 @@ def test_a_layer_that_overflows_only_on_evaluation_images_is_refused_by_name(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"calibrator": "median"}, "calibrator is 'median'; known: auto, max, percentile, entropy, mse"),
-        ({"max_drop": -0.1}, "max_drop is -0.1; needed are 0 to 100 points"),
-        ({"max_drop": 101.0}, "max_drop is 101"),
-        ({"max_drop": float("nan")}, "max_drop is nan"),
-        ({"accept_undecided": True}, "accept_undecided without max_drop"),
+        ({"calibrator": "median"}, "calibrator is 'median'; known: auto, max, percentile, entropy, mse, output"),
+        ({"max_drop": -0.1}, r"\(--max-drop\) is -0.1; needed are above 0 to 100 points"),
+        ({"max_drop": 0.0}, r"\(--max-drop\) is 0; .* No number of images shows a loss of nothing"),
+        ({"max_drop": 101.0}, r"\(--max-drop\) is 101"),
+        ({"max_drop": float("nan")}, r"\(--max-drop\) is nan"),
+        ({"accept_undecided": True}, "--accept-undecided without --max-drop"),
     ],
 )
 def test_a_choice_that_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:

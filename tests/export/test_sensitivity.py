@@ -221,7 +221,7 @@ def test_with_enough_images_a_plan_fits_if_its_loss_is_within_the_budget_with_co
     assert six.search(1.4).chosen.float_layers == ("a",)
     assert six.search(1.6).chosen.float_layers == ()
     assert six.search(1.0).rule == (
-        "most INT8 work whose loss is at most 1 points with 99 % confidence, on 1000 selection images"
+        "the most INT8 work found whose loss is at most 1 points with 99 % confidence, on 1000 selection images"
     )
 
 
@@ -244,15 +244,15 @@ def test_with_too_few_images_a_plan_must_lose_nothing_at_all_and_the_rule_says_s
     assert plan.chosen.float_layers == ("a",)
     assert plan.chosen.fits
     assert plan.rule == (
-        "most INT8 work without any loss on 40 selection images, which are too few to show of any plan that its loss "
-        "is at most 11 points"
+        "the most INT8 work found without any loss on 40 selection images, which are too few to show of any plan that "
+        "its loss is at most 11 points"
     )
     assert plan.images == 40
 
 
-def test_no_budget_at_all_allows_what_loses_nothing() -> None:
+def test_next_to_no_budget_allows_what_loses_nothing() -> None:
     network = Network({"a": 10, "b": 10}, union({"a": range(1), "b": range(0)}))
-    plan = network.search(0)
+    plan = network.search(0.01)
     assert plan.chosen.float_layers == ("a",)
     assert "too few" in plan.rule
 

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from vggedge_runtime import bundle as bundles
 from vggedge_runtime import evidence, paired
 from vggedge_runtime.bundle import (
     FORMAT_VERSION,
@@ -84,7 +85,7 @@ def graph_record(name: str) -> GraphRecord:
     proof = comparison("keras" if name == "fp32" else "fp32")
     if name == "fp32":
         return GraphRecord(file="graphs/fp32.onnx", precision="fp32", made_for=("ort",), op_counts={}, evidence=proof)
-    score = CalibratorScore(method="mse", divergence=1.25e-4, agreement=build_proportion(29, 30))
+    score = CalibratorScore(method="mse", equalized=True, divergence=1.25e-4, agreement=build_proportion(29, 30))
     return GraphRecord(
         file=f"graphs/{name}.onnx",
         precision="int8",
@@ -103,9 +104,12 @@ def graph_record(name: str) -> GraphRecord:
             ),
             LayerRecord(name="fc", op="Gemm", precision="fp16", macs=12),
         ),
-        calibration=CalibrationRecord(method="mse", candidates=(score,)),
+        calibration=CalibrationRecord(
+            method="mse", equalized=True, equalization_difference=1.5e-7, candidates=(score,)
+        ),
         plan=plan(),
         kept_fp32={"conv": 70000.0},
+        fp32_scales={"fc": 1.25e-3},
     )
 
 
@@ -124,7 +128,8 @@ def manifest() -> Manifest:
         passes=(PassRecord(name="fold_bias", changes=1, nodes_before=3, nodes_after=2),),
         keras_accuracy=build_proportion(3, 4),
         data={
-            use: DataRecord(name=use, images=7, sha256="0" * 64) for use in ("calibration", "selection", "evaluation")
+            use: DataRecord(name=use, images=7, sha256="0" * 64, seen=seen)
+            for use, seen in (("calibration", 0), ("selection", 0), ("evaluation", 3))
         },
         tools={"vggedge": "0"},
         files={},
@@ -166,15 +171,19 @@ def write(folder: Path, content: Manifest) -> Bundle:
 def test_the_manifest_of_these_tests_has_every_record_and_every_field() -> None:
     """Else a new one would go round untested."""
     there = list(structs_in(manifest()))
-    for module in (evidence, paired):
+    for module in (evidence, paired, bundles):
         for kind in (each for each in vars(module).values() if isinstance(each, type)):
             if not issubclass(kind, msgspec.Struct) or kind.__module__ != module.__name__:
+                continue
+            if kind is bundles.FileRecord:  # write_manifest makes them
                 continue
             found = [each for each in there if type(each) is kind]
             assert found, kind
             for field in msgspec.structs.fields(kind):
                 values = [getattr(each, field.name) for each in found]
-                assert any(value not in (None, (), {}) for value in values), (kind, field.name)
+                if (kind, field.name) != (Manifest, "files"):
+                    assert any(value not in (None, (), {}) for value in values), (kind, field.name)
+                    assert any(value != field.default for value in values), (kind, field.name)
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
@@ -220,7 +229,10 @@ def test_what_is_computed_of_a_record_is_the_same_after_reading(tmp_path: Path) 
         (("graphs", "fp16", "evidence", "change", "lost"), None),
         (("graphs", "fp16", "calibration", "candidates"), 3),
         (("graphs", "fp16", "plan", "chosen"), None),
+        (("graphs", "fp16", "calibration", "equalized"), "perhaps"),
         (("graphs", "fp16", "kept_fp32"), {"conv": "large"}),
+        (("graphs", "fp16", "fp32_scales"), {"fc": "small"}),
+        (("data", "evaluation", "seen"), "some"),
         (("gate", "verdicts", "a", "decision"), "maybe"),
     ],
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
@@ -238,6 +250,31 @@ def test_a_field_of_another_type_is_a_damaged_manifest(path: tuple, value: objec
 
 
 # --- bundles from before these fields
+
+
+def test_what_a_bundle_says_not_of_equalisation_scales_and_images_seen_has_defaults(tmp_path: Path) -> None:
+    """Written with calibrators compared, and before these fields."""
+    write(tmp_path / "bundle", manifest())
+    source = tmp_path / "bundle/manifest.json"
+    data = json.loads(source.read_bytes())
+    record = data["graphs"]["mixed-rtx"]
+    for holder, fields in (
+        (record, ("fp32_scales",)),
+        (record["calibration"], ("equalized", "equalization_difference")),
+        (record["calibration"]["candidates"][0], ("equalized",)),
+        (data["data"]["evaluation"], ("seen",)),
+    ):
+        for name in fields:
+            del holder[name]
+    source.write_text(json.dumps(data))
+    found = Bundle.open(tmp_path / "bundle").manifest
+    graph = found.graphs["mixed-rtx"]
+    assert graph.fp32_scales == {}
+    assert graph.calibration is not None
+    assert (graph.calibration.equalized, graph.calibration.equalization_difference) == (False, None)
+    (score,) = graph.calibration.candidates
+    assert (score.method, score.equalized, score.divergence) == ("mse", False, 1.25e-4)
+    assert found.data["evaluation"].seen == 0
 
 
 @pytest.fixture
@@ -258,9 +295,11 @@ def test_the_old_manifest_is_old() -> None:
 
 def test_an_old_manifest_opens_with_defaults(old: Manifest) -> None:
     assert old.gate is None
+    assert {data.seen for data in old.data.values()} == {0}
     assert list(old.data) == ["calibration", "evaluation"]
     for graph in old.graphs.values():
-        assert (graph.layers, graph.calibration, graph.plan, graph.kept_fp32) == ((), None, None, {})
+        assert (graph.layers, graph.calibration, graph.plan) == ((), None, None)
+        assert (graph.kept_fp32, graph.fp32_scales) == ({}, {})
         assert (graph.evidence.change, graph.evidence.classes, graph.evidence.flips) == (None, (), ())
 
 

@@ -17,6 +17,7 @@ from vggedge.cli import export
 from vggedge.cli.export_tables import describe_graph, print_export
 from vggedge.data import open_images
 from vggedge.model import ModelCard, build_vgg, read_model, write_model
+from vggedge_export.calibration import METHODS
 from vggedge_export.pipeline import ExportConfig, ExportResult
 from vggedge_export.verification import Images
 from vggedge_runtime.bundle import Bundle, GraphRecord
@@ -72,9 +73,9 @@ class TestRefusedBeforeTensorFlowLoads:
             ("good", "new", ("--selection-images", "9", "--calibrator", "max"), 2, "nothing is to be chosen"),
             ("good", "new", ("--selection-images", "9", "--precision", "fp16", "--max-drop", "1"), 2, "chosen"),
             ("good", "new", ("--calibrator", "median"), 2, "known: auto, max, percentile, entropy, mse"),
-            ("good", "new", ("--max-drop", "-1"), 2, "max_drop is -1; needed are 0 to 100 points"),
-            ("good", "new", ("--max-drop", "nan"), 2, "max_drop is nan"),
-            ("good", "new", ("--accept-undecided",), 2, "accept_undecided without max_drop"),
+            ("good", "new", ("--max-drop", "-1"), 2, "the limit (--max-drop) is -1; needed are above 0 to 100 points"),
+            ("good", "new", ("--max-drop", "nan"), 2, "the limit (--max-drop) is nan"),
+            ("good", "new", ("--accept-undecided",), 2, "--accept-undecided without --max-drop"),
             ("bad-ranges", "new", (), 1, "bad-ranges.ranges.json: no INT8 ranges"),
             ("good", "new", ("--precision",), 2, "--precision"),
             ("good", "new", ("--engine",), 1, "neither tensorrt nor tensorrt_rtx is installed"),
@@ -402,8 +403,11 @@ def test_a_real_export(
     assert {"fp32", "int8", "int8-rtx"} <= set(rows)
     for name in ("int8", "int8-rtx"):
         calibration = result.manifest.graphs[name].calibration
-        scores = ", ".join(f"{each.method} {each.divergence:.2g}" for each in calibration.candidates)
-        assert f"{name}: INT8 ranges by {calibration.method}; divergence from float, nats an image: {scores}." in shown
+        assert [each.method for each in calibration.candidates] == [*METHODS] * (2 if name == "int8" else 1)
+        of_equalised = ", of equalised layers" if calibration.equalized else ""
+        assert f"{name}: INT8 ranges by {calibration.method}{of_equalised}; " in shown
+        for each in calibration.candidates:
+            assert f"{each.method} {each.divergence:.2g}" in shown
         change = str(result.manifest.graphs[name].evidence.change).replace(" points", "")
         assert next(line for line in shown.splitlines() if line.split()[:1] == [name]).count(change) == 1
     assert "Gate" not in shown
@@ -420,9 +424,9 @@ def test_a_gate_that_images_cannot_decide_ends_with_code_3_and_the_old_bundle_as
     before = {path: path.read_bytes() for path in tiny_bundle.parent.rglob("*") if path.is_file()}
     code, out, err = command_line("export", model, "-o", tiny_bundle, *FEW, "--max-drop", "2", "--calibrator", "max")
     assert (code, out) == (3, "")
-    assert "not enough images to decide: the loss is between" in err
-    assert "allowed are 2.00" in err
-    assert "Nothing was written. To go on, prove on more images (--evaluation, --evaluation-images)" in err
+    assert "24 evaluation images are too few for a limit of 2 points" in err
+    assert "Needed are at least 133." in err
+    assert "Name more (--evaluation, --evaluation-images), allow more, or add --accept-undecided." in err
     assert {path: path.read_bytes() for path in tiny_bundle.parent.rglob("*") if path.is_file()} == before
 
 
@@ -445,7 +449,7 @@ def test_what_is_let_through_undecided_is_told_as_that(
         assert f"Gate, {name}: let through undecided: {manifest.gate.verdicts[name].describe()}." in shown
         plan = graph.plan
         assert plan is not None
-        assert f"{name}: INT8 ranges by max." in shown
+        assert f"{name}: INT8 ranges by max{', of equalised layers' if name.endswith('-rtx') else ''}." in shown
         assert f"{name}: {100 * plan.chosen.int8_share:.2f} % of the multiply-accumulates in INT8" in shown
         assert f"{plan.rule}. Plot: plans/{name}.png." in shown
         assert (tmp_path / "b/plans" / f"{name}.png").is_file()
@@ -479,7 +483,7 @@ def test_layers_kept_in_fp32_and_trained_ranges_are_said() -> None:
     calibration = CalibrationRecord(method="trained")
     lines = describe_graph("fp16", record(kept_fp32={"conv": 123456.0, "fc": 70000.0}, calibration=calibration))[1:]
     assert lines == [
-        "fp16: in FP32, out of FP16's range: conv (1.2e+05), fc (7e+04).",
+        "fp16: in FP32, as FP16 ends at 65504: conv (1.2e+05), fc (7e+04).",
         "fp16: INT8 ranges as training fixed them.",
     ]
 
@@ -526,3 +530,26 @@ def test_a_model_from_elsewhere(tmp_path: Path, command_line: CommandLine, capsy
     code, out, err = command_line("export", tmp_path / "segmenter.keras", "-o", tmp_path / "c", *options)
     assert (code, out, (tmp_path / "c").exists()) == (1, "", False)
     assert "of the layer 'map', is (None, 16, 16, 3)" in err
+
+
+def test_doubts_about_the_whole_proof_are_told(
+    model: Path, tmp_path: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network without training answers by chance, and here the images that prove it also calibrated."""
+    options = ["--calibration", "fingers:24", "--evaluation", "fingers:24", "--calibration-images", 12]
+    more = ["--precision", "fp32,int8", "--calibrator", "max", "--no-engine"]
+    code, out, _ = command_line("export", model, "-o", tmp_path / "b", *options, *more)
+    assert code == 0
+    assert "Doubt: 12 of the 24 evaluation images also calibrated or chose" in out
+    assert "Doubt: fp32 is hardly better than to answer always the most frequent class (16.7 %)." in out
+    assert Bundle.open(tmp_path / "b").manifest.data["evaluation"].seen == 12
+
+
+@pytest.mark.parametrize(
+    ("max_drop", "asked", "size", "wanted"),
+    [(None, None, 64, 500), (0.5, None, 64, 4000), (0.1, None, 64, 8192), (0.5, None, 224, 668), (5, None, 64, 500),
+     (0.5, 70, 64, 70), (0.5, None, 512, 500)],
+)  # fmt: skip
+def test_how_many_images_choose(max_drop: float | None, asked: int | None, size: int, wanted: int) -> None:
+    config = ExportConfig(max_drop=max_drop)
+    assert export._selection_images(config, asked, ImageSpec(height=size, width=size)) == wanted

@@ -77,7 +77,7 @@ def test_the_table_and_a_tuning_that_did_not_help(trained: Path, tmp_path: Path)
     assert found["quantised layers"].strip() == "8"
     assert found["ranges from"].strip() == "20 images"
     assert found["weights of epoch"].strip() == "none: the base's"
-    assert found["validation, tuned in INT8"].strip() == found["validation, base in INT8"].strip()
+    assert found["validation, tuned in INT8 (chose the epoch)"].strip() == found["validation, base in INT8"].strip()
     assert "no epoch had a lower validation loss" in result.stderr
     tuned, base = read_model(output)[0], read_model(trained)[0]
     for mine, other in zip(tuned.get_weights(), base.get_weights(), strict=True):

@@ -13,7 +13,23 @@ import typer
 from typer.core import TyperGroup
 
 import vggedge
-from vggedge.cli import bench, evaluate, export, finetune, images, import_weights, infer, models, output, train, verify
+from vggedge.cli import (
+    bench,
+    build,
+    doctor,
+    evaluate,
+    export,
+    finetune,
+    images,
+    import_weights,
+    infer,
+    inspect,
+    models,
+    output,
+    pack,
+    train,
+    verify,
+)
 from vggedge_runtime.errors import VggedgeError
 
 
@@ -40,7 +56,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (models, train, finetune, evaluate, import_weights, export, infer, bench, verify, images):
+for module in (
+    models,
+    train,
+    finetune,
+    evaluate,
+    import_weights,
+    export,
+    build,
+    infer,
+    bench,
+    verify,
+    inspect,
+    pack,
+    images,
+    doctor,
+):
     app.command(module.NAME)(module.command)
 
 

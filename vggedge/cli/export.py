@@ -18,8 +18,8 @@ from vggedge.cli.reading import read_labelled
 from vggedge.data import ImageSet
 from vggedge.data.selection import divide, open_pair
 from vggedge.model import ModelCard, read_card, read_model, read_ranges
-from vggedge_export.calibration import cache_folder
-from vggedge_export.calibrators import CALIBRATORS
+from vggedge_export.building import choose_builder
+from vggedge_export.calibration import METHODS, cache_folder
 from vggedge_export.choosing import AUTO, CALIBRATOR_IMAGES
 from vggedge_export.conversion import check_exportable, class_count, normalizing_layer
 from vggedge_export.pipeline import ExportConfig, export
@@ -28,12 +28,11 @@ from vggedge_runtime.bundle import check_replaceable
 from vggedge_runtime.errors import UsageError
 from vggedge_runtime.preprocess import ImageSpec, Normalization
 from vggedge_runtime.progress import Advance
-from vggedge_runtime.tensorrt_api import load_tensorrt
 
 NAME = "export"
 
-_PLAN_IMAGES = 2000
-"""Images to search a plan on: with fewer a loss of half a point cannot be told from none."""
+_PLAN_PIXELS = 1 << 25
+"""Of all images that a plan is searched on, which answer some thirty times: 8,192 images at 64x64, 668 at 224."""
 
 _accuracy = partial(typer.Option, rich_help_panel="Accuracy")
 _images = partial(typer.Option, rich_help_panel="Images")
@@ -47,49 +46,6 @@ _PIXELS: dict[str, Normalization | None] = {
     "caffe": msgspec.structs.replace(PIXELS["caffe"], order="bgr"),
 }
 """--pixels: what is done to pixels from 0 to 255 before the network."""
-
-
-Evaluation: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        help="DATA to prove the graphs on, best never seen in training; the rest of --calibration if left out."
-    ),
-]
-PixelsOption: TypeAlias = Annotated[
-    str | None, typer.Option(help=f"What the network takes, if it does not say: {', '.join(_PIXELS)}.")
-]
-MaxDrop: TypeAlias = Annotated[
-    float | None,
-    _accuracy(
-        metavar="POINTS",
-        help="What a graph may lose against fp32. INT8 graphs that lose more keep layers in float; what still loses "
-        "more, or cannot be told from it, is not exported (exit code 3).",
-    ),
-]
-AcceptUndecided: TypeAlias = Annotated[
-    bool, _accuracy("--accept-undecided", help="Export, too, what the images are too few to decide on.")
-]
-Calibrator: TypeAlias = Annotated[
-    str, _accuracy(help=f"How INT8 ranges are set: {AUTO} compares {', '.join(CALIBRATORS)}, or one of them.")
-]
-Int8First: TypeAlias = Annotated[
-    bool, _accuracy("--int8-first/--no-int8-first", help="The first convolution in INT8, too.")
-]
-Int8Last: TypeAlias = Annotated[
-    bool, _accuracy("--int8-last/--no-int8-last", help="The layer that makes the logits in INT8, too.")
-]
-CalibrationImages: TypeAlias = Annotated[
-    int, _images(min=1, help="How many set the INT8 ranges, at most; as many of each class.")
-]
-SelectionImages: TypeAlias = Annotated[
-    int | None,
-    _images(
-        min=1,
-        help="How many images of --calibration choose the calibrator and the layers in INT8, at most (default: "
-        f"{CALIBRATOR_IMAGES}; with --max-drop {_PLAN_IMAGES}).",
-    ),
-]
-
 
 _Model: TypeAlias = Annotated[Path, typer.Argument(help="MODEL.keras, as written by vggedge train or by Keras.")]
 _Calibration: TypeAlias = Annotated[str, typer.Option(help="DATA whose images set the INT8 ranges.")]
@@ -115,7 +71,7 @@ _AcceptUndecided: TypeAlias = Annotated[
     bool, _accuracy("--accept-undecided", help="Export, too, what the images are too few to decide on.")
 ]
 _Calibrator: TypeAlias = Annotated[
-    str, _accuracy(help=f"How INT8 ranges are set: {AUTO} compares {', '.join(CALIBRATORS)}, or one of them.")
+    str, _accuracy(help=f"How INT8 ranges are set: {AUTO} compares {', '.join(METHODS)}, or one of them.")
 ]
 _Int8First: TypeAlias = Annotated[
     bool, _accuracy("--int8-first/--no-int8-first", help="The first convolution in INT8, too.")
@@ -131,7 +87,7 @@ _SelectionImages: TypeAlias = Annotated[
     _images(
         min=1,
         help="How many images of --calibration choose the calibrator and the layers in INT8, at most (default: "
-        f"{CALIBRATOR_IMAGES}; with --max-drop {_PLAN_IMAGES}).",
+        f"{CALIBRATOR_IMAGES}; with --max-drop 2000 / POINTS, fewer where images are large).",
     ),
 ]
 _EvaluationImages: TypeAlias = Annotated[int, _images(min=1, help="How many prove, at most.")]
@@ -174,7 +130,8 @@ def command(
         engine="auto" if engine else "none",
     )
     # What can be refused without TensorFlow is refused before it loads.
-    counts = _Counts(calibration_images, _selection_images(config, selection_images), evaluation_images, seed)
+    _check_selection(config, selection_images)
+    counts = partial(_Counts, calibration_images, evaluation_images, seed)
     if pixels is not None and pixels not in _PIXELS:
         raise UsageError(f"--pixels is {pixels!r}; known: {', '.join(_PIXELS)}.")
     check_replaceable(bundle)
@@ -184,7 +141,7 @@ def command(
     ranges = read_ranges(model)
     sources = open_pair(calibration, evaluation, card.image) if card else None
     if engine:
-        load_tensorrt()
+        choose_builder()
     with output.progress(quiet=json) as advance:
         holder = [_load_model(model, advance)]
         spec = card.image if card else _spec_of(holder[0], pixels)
@@ -194,7 +151,7 @@ def command(
             bundle,
             image=spec,
             labels=_labels(card, sources[0].labels, class_count(holder[0]), json),
-            images=_read_images(sources, counts, advance),
+            images=_read_images(sources, counts(_selection_images(config, selection_images, spec)), advance),
             ranges=ranges,
             cache=cache_folder() if cache else None,
             config=config,
@@ -208,9 +165,9 @@ class _Counts:
     """How many images are for what, at most, and the seed of their choice."""
 
     calibration: int
-    selection: int
     evaluation: int
     seed: int
+    selection: int
 
 
 def _load_model(path: Path, advance: Advance) -> Any:
@@ -239,16 +196,25 @@ def _read_images(sources: tuple[ImageSet, ImageSet | None], counts: _Counts, adv
     )
 
 
-def _selection_images(config: ExportConfig, asked: int | None) -> int:
-    """How many images are to choose on; 0 where nothing is to be chosen."""
-    if not config.needs_selection:
-        if asked is not None:
-            raise UsageError(
-                f"--selection-images is {asked}, and nothing is to be chosen: that takes INT8 and either --calibrator "
-                f"{AUTO} or a --max-drop. Leave the option out, or ask for one of these."
-            )
-        return 0
-    return asked or (CALIBRATOR_IMAGES if config.max_drop is None else _PLAN_IMAGES)
+def _check_selection(config: ExportConfig, asked: int | None) -> None:
+    if asked is not None and not config.needs_selection:
+        raise UsageError(
+            f"--selection-images is {asked}, and nothing is to be chosen: that takes INT8 and either --calibrator "
+            f"{AUTO} or a --max-drop. Leave the option out, or ask for one of these."
+        )
+
+
+def _selection_images(config: ExportConfig, asked: int | None, spec: ImageSpec) -> int:
+    """How many images are to choose on; 0 where nothing is to be chosen.
+
+    A plan needs the more, the smaller the loss that is to be told from chance: at 2000 / POINTS images a plan that
+    changes six answers of a thousand and loses nothing in truth is recognised as such nine times of ten.
+    """
+    if asked is not None or not config.needs_selection:
+        return asked or 0
+    if config.max_drop is None:
+        return CALIBRATOR_IMAGES
+    return max(CALIBRATOR_IMAGES, min(round(2000 / config.max_drop), _PLAN_PIXELS // (spec.height * spec.width)))
 
 
 def _spec_of(network: Any, pixels: str | None) -> ImageSpec:

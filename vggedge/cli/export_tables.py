@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from vggedge.cli import output
+from vggedge.cli.engine_tables import print_engines
 from vggedge_export.pipeline import ExportResult
 from vggedge_runtime.bundle import GraphRecord, Manifest
-from vggedge_runtime.engine_cache import EngineRecord
+from vggedge_runtime.evidence import CalibrationRecord
 
 _SIGNIFICANT = 0.05  # McNemar's p-value below which a loss is pointed out
 
@@ -14,6 +15,8 @@ def print_export(result: ExportResult) -> None:
     """Print the proof, what was chosen and why, the engines, and where it all lies."""
     manifest = result.manifest
     _print_proof(manifest)
+    for line in _describe_doubts(manifest):
+        output.print_line(line)
     for words in manifest.adaptations:
         output.print_line(f"Adapted: {words}.")
     for name, graph in manifest.graphs.items():
@@ -27,7 +30,7 @@ def print_export(result: ExportResult) -> None:
         "all passes. Emulated: a twin of the graph that rounds every result to FP16.\n"
     )
     if result.engines:
-        _print_engines(result.engines)
+        print_engines(result.engines)
     output.print_line(f"Bundle: {result.bundle}")
 
 
@@ -52,6 +55,30 @@ def _print_proof(manifest: Manifest) -> None:
     )
 
 
+def _describe_doubts(manifest: Manifest) -> list[str]:
+    """What takes from the worth of the whole proof, a sentence each."""
+    lines = []
+    data, fp32 = manifest.data["evaluation"], manifest.graphs["fp32"].evidence
+    if data.seen:
+        lines.append(
+            f"Doubt: {data.seen} of the {data.images} evaluation images also calibrated or chose, so that the proof is "
+            "too good. Name others with --evaluation."
+        )
+    largest = max((each.images for each in fp32.classes), default=0) / fp32.images
+    if fp32.accuracy.low <= largest:
+        lines.append(
+            f"Doubt: fp32 is hardly better than to answer always the most frequent class ({100 * largest:.1f} %). That "
+            "others agree with it then proves nothing: train the model first, or check its pixels and labels."
+        )
+    calibration = manifest.graphs["int8"].calibration if "int8" in manifest.graphs else None
+    if calibration is not None and calibration.method == "trained":
+        lines.append(
+            "Doubt: the model was fine-tuned for INT8, and the other graphs compute without the clipping that it was "
+            "tuned with. What they lose against the model it came from is not in this table: compare with its export."
+        )
+    return lines
+
+
 def describe_graph(name: str, graph: GraphRecord) -> list[str]:
     """What was chosen for a graph and what should be known of it, a sentence each."""
     lines = []
@@ -63,14 +90,12 @@ def describe_graph(name: str, graph: GraphRecord) -> list[str]:
         )
     if graph.kept_fp32:
         kept = ", ".join(f"{layer} ({largest:.2g})" for layer, largest in graph.kept_fp32.items())
-        lines.append(f"{name}: in FP32, out of FP16's range: {kept}.")
-    calibration = graph.calibration
-    if calibration is not None and calibration.candidates:
-        scores = ", ".join(f"{each.method} {each.divergence:.2g}" for each in calibration.candidates)
-        lines.append(f"{name}: INT8 ranges by {calibration.method}; divergence from float, nats an image: {scores}.")
-    elif calibration is not None:
-        source = "as training fixed them" if calibration.method == "trained" else f"by {calibration.method}"
-        lines.append(f"{name}: INT8 ranges {source}.")
+        lines.append(f"{name}: in FP32, as FP16 ends at 65504: {kept}.")
+    if graph.fp32_scales:
+        small = ", ".join(f"{layer} ({magnitude:.2g} / 127)" for layer, magnitude in graph.fp32_scales.items())
+        lines.append(f"{name}: INT8 with FP32 scales, as these are below FP16's normal numbers: {small}.")
+    if graph.calibration is not None:
+        lines.append(f"{name}: {_describe_ranges(graph.calibration)}.")
     if graph.plan is not None:
         chosen = graph.plan.chosen
         in_float = f"left in float: {', '.join(chosen.float_layers)}" if chosen.float_layers else "all layers that can"
@@ -81,6 +106,16 @@ def describe_graph(name: str, graph: GraphRecord) -> list[str]:
     return lines
 
 
+def _describe_ranges(calibration: CalibrationRecord) -> str:
+    source = "as training fixed them" if calibration.method == "trained" else f"by {calibration.method}"
+    lines = [f"INT8 ranges {source}{', of equalised layers' if calibration.equalized else ''}"]
+    for title, is_even in (("divergence from float, nats an image", False), ("of equalised layers", True)):
+        scores = [each for each in calibration.candidates if each.equalized == is_even]
+        if scores:
+            lines.append(f"{title}: {', '.join(f'{each.method} {each.divergence:.2g}' for each in scores)}")
+    return "; ".join(lines)
+
+
 def _print_gate(manifest: Manifest) -> None:
     gate = manifest.gate
     if gate is None:
@@ -88,31 +123,3 @@ def _print_gate(manifest: Manifest) -> None:
     for name, verdict in gate.verdicts.items():
         said = {"pass": "passes", "undecided": "let through undecided", "fail": "fails"}[verdict.decision]
         output.print_line(f"Gate, {name}: {said}: {verdict.describe()}.")
-
-
-def _print_engines(engines: tuple[EngineRecord, ...]) -> None:
-    key = engines[0].key  # product, version and devices are those of all that one export builds
-    rows = [
-        [
-            each.key.graph,
-            *_count_kernels(each),
-            output.format_bytes(each.size_bytes),
-            f"{each.build_seconds:.1f} s",
-        ]
-        for each in engines
-    ]
-    title = f"Engines by {key.product} {key.version} for {', '.join(key.devices)}"
-    output.print_table(title, ["engine", "kernels", "extra", "read INT8", "size", "built in"], rows)
-    output.print_line(
-        "Engines were built, not run: their speed is not measured here. Extra kernels are those beside convolutions, "
-        "dense layers and pooling.\n"
-    )
-
-
-def _count_kernels(engine: EngineRecord) -> tuple[str, str, str]:
-    """(kernels, extra ones, layers that read INT8 of those that should), as the builder told; else unknown."""
-    audit = engine.audit
-    if audit is None:
-        return ("unknown", "unknown", "unknown")
-    quantized = len(audit.int8) + len(audit.not_int8) + len(audit.untold)
-    return (str(len(audit.layers)), str(audit.extra_kernels), f"{len(audit.int8)} of {quantized}" if quantized else "-")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from vggedge.cli.output import JsonFlag, print_json, print_note, print_table, progress
+from vggedge.cli.output import JsonFlag, print_json, print_line, print_note, print_table, progress
 from vggedge.cli.reading import open_labelled
 from vggedge.cli.train import DataArgument
 from vggedge.data import ImageSet
@@ -139,11 +139,16 @@ def _print_answer(answer: FinetuneAnswer) -> None:
         ("weights of epoch", history.best_epoch or "none: the base's"),
         ("validation, base in float32", _describe(history.float32)),
         ("validation, base in INT8", _describe(history.before)),
-        ("validation, tuned in INT8", _describe(history.after)),
+        ("validation, tuned in INT8 (chose the epoch)", _describe(history.after)),
+        ("validation, tuned in float32", _describe(history.tuned_float32)),
         ("seconds", f"{history.seconds:.1f}"),
         *(("written", file) for file in answer.files),
     ]
     print_table("", (answer.model, ""), rows)
+    print_line(
+        "It was tuned on the INT8 grid: take its graph int8, and fp32, fp16 and int8-rtx from the base, where that is "
+        "better in float32."
+    )
 
 
 def _describe(judgement: Judgement) -> str:

@@ -24,6 +24,7 @@ from vggedge_export.reproof import (
     is_met,
     reprove,
 )
+from vggedge_runtime.backends.base import backend_choices
 from vggedge_runtime.bundle import Bundle
 
 NAME = "verify"
@@ -42,7 +43,7 @@ def command(
             "answers: the others are compared with it."
         ),
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto or ort.")] = "auto",
+    backend: Annotated[str, typer.Option(help=f"One of {backend_choices()}.")] = "auto",
     images: Annotated[int, typer.Option(min=1, help="Prove on at most so many.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of these images.")] = 0,
     max_drop: Annotated[
@@ -129,7 +130,7 @@ def _describe_manifest(result: Reproof) -> list[str]:
         return [f"Manifest: proved on these very images; {counted}."]
     apart = [graph for graph in proved if not graph.intervals_overlap]
     overlap = "its intervals and those here do not all overlap" if apart else "its intervals and those here overlap"
-    lines = [f"Manifest: proved on other images; {overlap}."]
+    lines = [f"Manifest: proved on another set, some of whose images may be among these; {overlap}."]
     lines += [f"{graph.name}: {graph.accuracy} here, {graph.in_manifest} in the manifest." for graph in apart]
     if result.used_for is not None:
         done = {"calibration": "set the INT8 ranges", "selection": "chose among calibrators and plans"}[result.used_for]

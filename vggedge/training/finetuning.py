@@ -61,6 +61,8 @@ class FinetuneHistory(msgspec.Struct, frozen=True, kw_only=True):
         float32: the base on the images held back, as it came.
         before: the same quantised, before tuning.
         epochs: figures of every epoch, all quantised.
+        tuned_float32: the model that was kept, in float32, on the images held back: what the graphs fp32, fp16 and
+            int8-rtx are made of. They do not have the clipping of the INT8 grid that it was tuned on.
         best_epoch: the epoch, counted from 1, whose weights the model has; 0 if none had a lower validation loss than
             the quantised base, whose weights it then keeps.
         seconds: in all, without loading TensorFlow.
@@ -78,6 +80,7 @@ class FinetuneHistory(msgspec.Struct, frozen=True, kw_only=True):
     before: Judgement
     epochs: tuple[EpochFigures, ...]
     best_epoch: int
+    tuned_float32: Judgement
     seconds: float
     versions: dict[str, str | None]
 
@@ -144,6 +147,7 @@ def finetune(
         before = _judge(model, validation, normalization, advance)
         network = _normalized(model, normalization)
         epochs = fit(network, shown, judged, config, report=advance, on_epoch=on_epoch, callbacks=(), checkpoint=None)
+    best_epoch = _keep_best(model, epochs, before, original)
     return FinetuneHistory(
         base=base,
         config=config,
@@ -155,7 +159,8 @@ def finetune(
         float32=float32,
         before=before,
         epochs=epochs,
-        best_epoch=_keep_best(model, epochs, before, original),
+        best_epoch=best_epoch,
+        tuned_float32=_judge(model, validation, normalization, advance),
         seconds=time.perf_counter() - started,
         versions=_versions(),
     )

@@ -40,8 +40,13 @@ class OrtBackend(Backend):
         self._session = None
 
 
-def open_ort_session(graph: Path | bytes, *, threads: int = 0) -> Any:
+def open_ort_session(graph: Path | bytes, *, threads: int = 0, prepack: bool = True) -> Any:
     """``onnxruntime.InferenceSession`` on the CPU for a graph file or its bytes.
+
+    Args:
+        graph: the file or its bytes.
+        threads: of one inference; 0 leaves the number to the library.
+        prepack: lay weights out anew for speed, which takes their memory once more for each node that reads them.
 
     Raises:
         MissingDependency: onnxruntime is not installed.
@@ -55,6 +60,8 @@ def open_ort_session(graph: Path | bytes, *, threads: int = 0) -> Any:
     # The graph runs as it was exported. ONNX Runtime would otherwise turn the float biases of a Q/DQ graph into
     # int32 steps, in FP16 where the graph is FP16: above 65504 steps they overflow, probabilities off by 1e-1.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     source = graph if isinstance(graph, bytes) else str(graph)
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
