@@ -40,7 +40,7 @@ clean: ## remove .venv, demo/ and caches
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	  "training and export need Python 3.11 to 3.13, $(PYTHON) is %d.%d; use: make PYTHON=python3.12" % v)'
-	@echo "Installing into $(VENV) (TensorFlow, ONNX, TensorRT-RTX: 2.8 GB on disk, one to four minutes) ..."
+	@echo "Installing into $(VENV) (TensorFlow, ONNX, TensorRT-RTX: 3.2 GB on disk, one to four minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,export,ort,rtx,dev]'
 	@touch $@

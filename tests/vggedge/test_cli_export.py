@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 
 from vggedge.architecture import get_spec
-from vggedge.cli import export
+from vggedge.cli import export, export_tables
 from vggedge.cli.export_tables import describe_graph, print_export
 from vggedge.data import open_images
 from vggedge.model import ModelCard, build_vgg, read_model, write_model
 from vggedge_export.calibration import METHODS
 from vggedge_export.pipeline import ExportConfig, ExportResult
 from vggedge_export.verification import Images
-from vggedge_runtime.bundle import Bundle, GraphRecord
+from vggedge_runtime.bundle import Bundle, DataRecord, GraphRecord
 from vggedge_runtime.errors import ModelError
 from vggedge_runtime.evidence import CalibrationRecord, Comparison
 from vggedge_runtime.paired import build_paired_change
@@ -553,3 +553,15 @@ def test_doubts_about_the_whole_proof_are_told(
 def test_how_many_images_choose(max_drop: float | None, asked: int | None, size: int, wanted: int) -> None:
     config = ExportConfig(max_drop=max_drop)
     assert export._selection_images(config, asked, ImageSpec(height=size, width=size)) == wanted
+
+
+def test_a_fine_tuned_model_is_told_apart(tiny: Any, tmp_path: Path) -> None:
+    def change(manifest: Any) -> Any:
+        trained = msgspec.structs.replace(manifest.graphs["int8"], calibration=CalibrationRecord(method="trained"))
+        data = {"evaluation": DataRecord(name="x", images=3, sha256="")}
+        return msgspec.structs.replace(manifest, graphs=manifest.graphs | {"int8": trained}, data=data)
+
+    manifest = tiny(tmp_path / "b", ("fp32", "int8"), change=change).manifest
+    assert any("was fine-tuned for INT8" in line for line in export_tables._describe_doubts(manifest))
+    plain = msgspec.structs.replace(manifest, graphs={"fp32": manifest.graphs["fp32"]})
+    assert not any("was fine-tuned" in line for line in export_tables._describe_doubts(plain))

@@ -22,7 +22,7 @@ def print_engines(
     rows = [
         [
             each.key.graph,
-            *_count_kernels(each),
+            *count_kernels(each),
             output.format_bytes(each.size_bytes),
             "there already" if each in there else f"{each.build_seconds:.1f} s",
         ]
@@ -37,7 +37,7 @@ def print_engines(
     output.print_line(f"{not_run}Extra kernels are those beside convolutions, dense layers and pooling.\n")
 
 
-def _count_kernels(engine: EngineRecord) -> tuple[str, str, str]:
+def count_kernels(engine: EngineRecord) -> tuple[str, str, str]:
     """(kernels, extra ones, layers that read INT8 of those that should), as the builder told; else unknown."""
     audit = engine.audit
     if audit is None:

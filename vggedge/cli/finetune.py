@@ -11,10 +11,10 @@ import typer
 
 from vggedge.cli.output import JsonFlag, print_json, print_line, print_note, print_table, progress
 from vggedge.cli.reading import open_labelled
-from vggedge.cli.train import DataArgument
+from vggedge.cli.train import DataArgument, print_epoch
 from vggedge.data import ImageSet
 from vggedge.model import ModelCard, check_output, read_card, read_model, write_model
-from vggedge.training import EpochFigures, TrainConfig
+from vggedge.training import TrainConfig
 from vggedge.training.finetuning import (
     FinetuneHistory,
     Judgement,
@@ -96,14 +96,6 @@ def _finetune(
     base: Path, card: ModelCard, images: ImageSet, config: TrainConfig, calibration_images: int
 ) -> tuple[FinetuneHistory, Any]:
     """How it went, and the tuned model."""
-
-    def note(figures: EpochFigures) -> None:
-        print_note(
-            f"epoch {figures.epoch}/{config.epochs}  loss {figures.loss:.4f}  accuracy {figures.accuracy:.2%}  "
-            f"val_loss {figures.val_loss:.4f}  val_accuracy {figures.val_accuracy:.2%}  "
-            f"rate {figures.learning_rate:.2g}  {figures.seconds:.1f} s"
-        )
-
     with progress() as advance:
         advance(0, 1, "loading the model")
         model, _ = read_model(base)
@@ -117,7 +109,7 @@ def _finetune(
             calibration_images=calibration_images,
             normalization=card.image.normalization,
             advance=advance,
-            on_epoch=note,
+            on_epoch=partial(print_epoch, config.epochs),
         )
     if history.best_epoch == 0:
         print_note(

@@ -9,9 +9,9 @@ import msgspec
 import typer
 
 from vggedge.cli import output
+from vggedge.cli.engine_tables import count_kernels
 from vggedge.cli.export_tables import describe_graph
 from vggedge_runtime.bundle import Bundle, Manifest
-from vggedge_runtime.engine_cache import EngineRecord
 from vggedge_runtime.engine_layers import EngineLayer
 from vggedge_runtime.errors import BundleError
 from vggedge_runtime.evidence import LayerRecord
@@ -173,15 +173,7 @@ def _engine_row(name: str, engine: EngineView) -> list[object]:
     smallest, best, largest = record.key.batches
     batches = str(best) if smallest == largest else f"{smallest}, {best}, {largest}"
     fits = {True: "yes", False: "no", None: "unknown"}[engine.fits]
-    return [name, record.key.graph, batches, *_count_kernels(record), output.format_bytes(record.size_bytes), fits]
-
-
-def _count_kernels(record: EngineRecord) -> tuple[str, str, str]:
-    audit = record.audit
-    if audit is None:
-        return ("unknown", "unknown", "unknown")
-    quantized = len(audit.int8) + len(audit.not_int8) + len(audit.untold)
-    return (str(len(audit.layers)), str(audit.extra_kernels), f"{len(audit.int8)} of {quantized}" if quantized else "-")
+    return [name, record.key.graph, batches, *count_kernels(record), output.format_bytes(record.size_bytes), fits]
 
 
 def _print_layers(listing: LayerListing) -> None:

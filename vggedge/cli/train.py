@@ -138,6 +138,15 @@ def command(
         _print_answer(answer)
 
 
+def print_epoch(epochs: int, figures: EpochFigures) -> None:
+    """Tell the figures of an epoch, of so many ``epochs``, as it ends."""
+    print_note(
+        f"epoch {figures.epoch}/{epochs}  loss {figures.loss:.4f}  accuracy {figures.accuracy:.2%}  "
+        f"val_loss {figures.val_loss:.4f}  val_accuracy {figures.val_accuracy:.2%}  "
+        f"rate {figures.learning_rate:.2g}  {figures.seconds:.1f} s"
+    )
+
+
 def _check_kept(output: Path, **bases: Path | None) -> None:
     for option, base in bases.items():
         if base is not None and base.resolve() == output.resolve():
@@ -147,13 +156,6 @@ def _check_kept(output: Path, **bases: Path | None) -> None:
 def _train(
     spec: VggSpec, images: ImageSet, config: TrainConfig, start: Start | None, checkpoint: Path, resume: bool
 ) -> TrainResult:
-    def note(figures: EpochFigures) -> None:
-        print_note(
-            f"epoch {figures.epoch}/{config.epochs}  loss {figures.loss:.4f}  accuracy {figures.accuracy:.2%}  "
-            f"val_loss {figures.val_loss:.4f}  val_accuracy {figures.val_accuracy:.2%}  "
-            f"rate {figures.learning_rate:.2g}  {figures.seconds:.1f} s"
-        )
-
     try:
         with progress() as advance:
             return train(
@@ -164,7 +166,7 @@ def _train(
                 checkpoint=checkpoint,
                 resume=resume,
                 advance=advance,
-                on_epoch=note,
+                on_epoch=partial(print_epoch, config.epochs),
             )
     except KeyboardInterrupt:
         if checkpoint.exists():
