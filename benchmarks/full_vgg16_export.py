@@ -1,7 +1,7 @@
 """Time and peak memory of exporting the full VGG-16: 138 million weights at 224x224, all precisions, engines.
 
 Weights are random (He), images are drawn gratings, 32 to calibrate on and 32 to prove on: this measures the
-machinery, not accuracy. The peak is the resident set of the process that exports; engines are built in another one, after it.
+machinery, not accuracy. The peak is the resident set of the process that exports; engines are built in another one.
 
     python benchmarks/full_vgg16_export.py [--json]
 """

@@ -2,7 +2,7 @@
 
 Trains the compact VGG-16 on three data sets and exports it as a user would; then makes one of the models hard for INT8
 (a few channels scaled by 100, the next layer's weights divided, so that FP32 computes the same) and exports that
-plainly, within a budget, and after fine-tuning. Every figure comes from a bundle's manifest.
+by the plainest ranges, by the best, within a budget, and after fine-tuning. Every figure is of a bundle's manifest.
 
     python benchmarks/precision.py [--quick] [--output FOLDER] [--work FOLDER]
 """
@@ -81,7 +81,7 @@ FULL = Plan(
     images={"fingers": 6000, "fingers-hard": 12000},
     epochs={"fingers": 10, "fingers-hard": 10, "digits": 40},
     evaluation=10_000,
-    selection=2000,
+    selection=4000,
     tuning_epochs=3,
 )
 QUICK = Plan(
@@ -150,6 +150,8 @@ def measure_hardened(folder: Path, plan: Plan) -> list[Row]:
     data = ["fingers@2", f"fingers:{plan.evaluation}@1"]
     rows = []
     for name, source, options in (
+        ("hardened, ranges max", model, ["--calibrator", "max"]),
+        ("hardened, ranges max, --max-drop 0.5", model, ["--calibrator", "max", "--max-drop", BUDGET]),
         ("hardened", model, []),
         ("hardened, --max-drop 0.5", model, ["--max-drop", BUDGET]),
         ("hardened, fine-tuned", tuned, []),
