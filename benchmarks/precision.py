@@ -115,7 +115,9 @@ def rows_of(subject: str, bundle: Path) -> list[Row]:
 
 def export(model: Path, calibration: str, evaluation: str, bundle: Path, plan: Plan, *more: object) -> int:
     """Export with the images of ``plan``; returns the exit code."""
-    counts = ["--evaluation-images", plan.evaluation, "--selection-images", plan.selection]
+    counts = ["--evaluation-images", plan.evaluation]
+    if "--calibrator" not in more or "--max-drop" in more:  # else nothing is chosen
+        counts += ["--selection-images", plan.selection]
     data = ["--calibration", calibration, "--evaluation", evaluation]
     return run("export", model, *data, *counts, "-o", bundle, "--no-engine", *more)
 

@@ -295,7 +295,7 @@ def _apply_options(api: TensorRtApi, settings: Any, config: EngineConfig, contex
         settings.builder_optimization_level = config.optimization_level
     if api.builds_without_gpu:
         # Every target by name: without a GPU here the build cannot ask for "this one".
-        targets = config.targets or api.targets
+        targets = _devices(api, config)
         settings.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
             if not settings.set_compute_capability(target_member(api, target), index):
@@ -309,4 +309,7 @@ def _parser_reason(error: Any) -> str:
 
 
 def _devices(api: TensorRtApi, config: EngineConfig) -> tuple[str, ...]:
-    return (config.targets or api.targets) if api.builds_without_gpu else (gpu_name(),)
+    """What an engine is for; targets in rising order, so that a set of them has one key however it was named."""
+    if not api.builds_without_gpu:
+        return (gpu_name(),)
+    return tuple(sorted(config.targets or api.targets, key=lambda target: tuple(map(int, target.split(".")))))

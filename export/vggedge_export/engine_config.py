@@ -9,6 +9,8 @@ from vggedge_runtime.errors import UsageError
 from vggedge_runtime.tensorrt_api import TensorRtApi
 
 _LEVELS = range(6)
+_LARGEST_BATCH = 2**31 - 1  # what a dimension of TensorRT's C++ interface counts to, at the least
+_LARGEST_WORKSPACE = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,16 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         smallest, best, largest = self.batches
-        if not 1 <= smallest <= best <= largest:
-            raise UsageError(f"batches are {self.batches}; needed is 1 <= smallest <= best <= largest.")
+        if not 1 <= smallest <= best <= largest <= _LARGEST_BATCH:
+            raise UsageError(
+                f"batches are {self.batches}; needed is 1 <= smallest <= best <= largest <= {_LARGEST_BATCH}."
+            )
         self._check_targets()
-        if self.workspace_bytes is not None and self.workspace_bytes < 1:
-            raise UsageError(f"the workspace is {self.workspace_bytes} bytes; needed is 1 or more, say 1 GB.")
+        if self.workspace_bytes is not None and not 1 <= self.workspace_bytes <= _LARGEST_WORKSPACE:
+            raise UsageError(
+                f"the workspace is {self.workspace_bytes:.4g} bytes; needed is 1 or more, say 1 GB, and no more than "
+                "64-bit numbers count."
+            )
         if self.optimization_level is not None and self.optimization_level not in _LEVELS:
             raise UsageError(f"the optimisation level is {self.optimization_level}; known: 0 to {_LEVELS[-1]}.")
         if self.keep_best < 1:

@@ -20,7 +20,7 @@ from vggedge_export.graph import INPUT
 from vggedge_export.packing_notes import build_notes, describe_engine
 from vggedge_export.triton import CONFIG, LABELS, MAX_BATCH, MAX_QUEUE_DELAY_US, TritonModel, build_config
 from vggedge_runtime.bundle import Bundle, FileRecord, hash_file
-from vggedge_runtime.engine_cache import ENGINES, EngineRecord, list_engines, read_engine
+from vggedge_runtime.engine_cache import ENGINES, EngineRecord, read_engine, scan_engines
 from vggedge_runtime.errors import BundleError, EngineError, UsageError
 from vggedge_runtime.graphs import GRAPHS, PRECISIONS
 
@@ -73,10 +73,10 @@ class PackConfig:
             raise UsageError(f"platform {self.platform!r} is unknown; known: {', '.join(PLATFORMS)}.")
         if self.model_name is not None and not _MODEL_NAME.fullmatch(self.model_name):
             raise UsageError(f"model name {self.model_name!r} is none for Triton; {_NAME_RULE}.")
-        if self.max_batch is not None and self.max_batch < 1:
-            raise UsageError(f"max_batch is {self.max_batch}; needed is at least 1.")
-        if self.max_queue_delay_us is not None and self.max_queue_delay_us < 0:
-            raise UsageError(f"max_queue_delay_us is {self.max_queue_delay_us}; needed is 0 or more.")
+        if self.max_batch is not None and not 1 <= self.max_batch < 2**31:  # an int32 of Triton's schema
+            raise UsageError(f"max_batch is {self.max_batch}; needed is 1 to {2**31 - 1}.")
+        if self.max_queue_delay_us is not None and not 0 <= self.max_queue_delay_us < 2**64:  # a uint64 of it
+            raise UsageError(f"max_queue_delay_us is {self.max_queue_delay_us}; needed is 0 to {2**64 - 1}.")
         self._check_used()
 
     @property
@@ -174,7 +174,7 @@ def check_writable(bundle: Bundle, folder: Path) -> None:
 def choose_graph(bundle: Bundle, precision: str | None) -> str:
     """Name of the graph to pack: the one of this name, else the only one of this precision."""
     graphs = bundle.manifest.graphs
-    wanted = precision or "fp32"
+    wanted = "fp32" if precision is None else precision
     if wanted in graphs:
         return wanted
     found = [name for name, record in graphs.items() if record.precision == wanted]
@@ -199,12 +199,15 @@ def choose_engine(bundle: Bundle, config: PackConfig) -> EngineRecord:
         UsageError: several fit.
     """
     build = shlex.join(["vggedge", "build", str(bundle.path)])
-    engines = list_engines(bundle.path)
+    found = scan_engines(bundle.path)  # one that cannot be read does not hide the others
+    unread = "".join(f"\n  {each}" for each in found.unreadable)
+    engines = list(found.records.values())
     if not engines:
-        raise EngineError(f"{bundle.path}: no engine in this bundle. Build one with: {build}")
+        raise EngineError(f"{bundle.path}: no engine in this bundle. Build one with: {build}{unread}")
+    _check_engine_words(bundle, engines, config)
     fitting = [engine for engine in engines if _is_wanted(bundle, engine, config)]
     if not fitting:
-        raise EngineError(f"{bundle.path}: no engine here is what you ask for; there are:{_list(engines)}")
+        raise EngineError(f"{bundle.path}: no engine here is what you ask for; there are:{_list(engines)}{unread}")
     if config.target == "triton":
         wanted, fitting = fitting, [engine for engine in fitting if engine.key.product == "tensorrt"]
         if not fitting:
@@ -216,12 +219,25 @@ def choose_engine(bundle: Bundle, config: PackConfig) -> EngineRecord:
     named = [engine for engine in fitting if engine.key.graph == config.precision]
     fitting = named or fitting
     if len(fitting) > 1:
+        by_graph = "with --precision, or " if len({engine.key.graph for engine in fitting}) > 1 else ""
         raise UsageError(
-            f"{bundle.path}: several engines fit. Choose with --precision, or with --engine and the fingerprint in "
+            f"{bundle.path}: several engines fit. Choose {by_graph}with --engine and the fingerprint in "
             f"brackets:{_list(fitting)}"
         )
     _check_usable(bundle, fitting[0])
     return fitting[0]
+
+
+def _check_engine_words(bundle: Bundle, engines: list[EngineRecord], config: PackConfig) -> None:
+    """Raise UsageError for a precision or fingerprint that can mean nothing here."""
+    known = {*PRECISIONS, *bundle.manifest.graphs, *(engine.key.graph for engine in engines)}
+    if config.precision is not None and config.precision not in known:
+        raise UsageError(f"precision {config.precision!r} is unknown; known: {', '.join(sorted(known))}.")
+    wanted = config.engine
+    if wanted is not None and not (wanted and any(e.key.fingerprint.startswith(wanted) for e in engines)):
+        raise UsageError(
+            f"--engine is {wanted!r}; needed are the first digits of a fingerprint in brackets:{_list(engines)}"
+        )
 
 
 def _is_wanted(bundle: Bundle, engine: EngineRecord, config: PackConfig) -> bool:

@@ -151,7 +151,10 @@ def list_layers(found: Inspection, name: str) -> LayerListing:
     }
     if graph is None and not engines:
         there = [*found.manifest.graphs, *found.engines]
-        raise UsageError(f"--layers {name!r} is no graph and no engine of {found.bundle}; it has: {', '.join(there)}.")
+        raise UsageError(
+            f"--layers {name!r} is no graph and no engine of {found.bundle}, which has: {', '.join(there)}. Of a "
+            f"fingerprint the first {_SHORTEST_PREFIX} digits are needed at the least."
+        )
     layers = graph.layers if graph is not None else ()
     kernels = {folder: record.audit.layers for folder, record in engines.items() if record.audit is not None}
     if not layers and not kernels:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -622,3 +623,10 @@ def test_a_single_one_is_not_timed_and_several_need_a_timer() -> None:
     assert bytes(keep_fastest(build, 1, measure).plan) == b"plan"
     with pytest.raises(EngineError, match="2 engines cannot be compared"):
         keep_fastest(build, 2, None)
+
+
+def test_targets_have_one_key_however_they_are_named() -> None:
+    api = SimpleNamespace(builds_without_gpu=True, targets=("8.0", "12.0"))
+    named = [engines._devices(api, EngineConfig(targets=targets)) for targets in (("12.1", "8.9"), ("8.9", "12.1"))]
+    assert named == [("8.9", "12.1")] * 2
+    assert engines._devices(api, EngineConfig()) == ("8.0", "12.0")

@@ -178,15 +178,31 @@ def test_several_engines_are_told_apart_by_precision_or_fingerprint(bundle: Bund
     assert all(f"[{each.key.fingerprint}]" in str(error.value) for each in (small, large, int8))
     assert choose_engine(bundle, PackConfig(target="engine", precision="int8")) == int8
     assert choose_engine(bundle, PackConfig(target="engine", precision="int8-rtx")) == int8
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(UsageError, match="Choose with --engine and") as error:
         choose_engine(bundle, PackConfig(target="engine", precision="fp16"))
     assert int8.key.fingerprint not in str(error.value)
     config = PackConfig(target="engine", engine=large.key.fingerprint[:9])
     assert choose_engine(bundle, config) == large
     with pytest.raises(EngineError, match="no engine here is what you ask for; there are:\n  fp16 for"):
         choose_engine(bundle, PackConfig(target="engine", precision="fp32"))
+    for choices, message in (
+        ({"precision": "bogus"}, "precision 'bogus' is unknown"),
+        ({"precision": ""}, "precision '' is unknown"),
+        ({"engine": "zz"}, "--engine is 'zz'; needed are the first digits"),
+        ({"engine": ""}, "--engine is ''"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            choose_engine(bundle, PackConfig(target="engine", **choices))
     exact = add_engine(bundle, "int8")  # as precision both int8 engines would do
     assert choose_engine(bundle, PackConfig(target="engine", precision="int8")) == exact
+
+
+def test_a_damaged_record_does_not_hide_the_other_engines(bundle: Bundle) -> None:
+    whole, damaged = add_engine(bundle), add_engine(bundle, "int8-rtx", product="tensorrt_rtx", devices=AHEAD)
+    (bundle.path / "engines" / damaged.key.fingerprint / "engine.json").write_text("x")
+    assert choose_engine(bundle, PackConfig(target="engine")) == whole
+    with pytest.raises(EngineError, match=f"{damaged.key.fingerprint}/engine.json: damaged"):
+        choose_engine(bundle, PackConfig(target="engine", precision="int8"))
 
 
 def test_without_an_engine_the_command_that_builds_one(bundle: Bundle, tmp_path: Path) -> None:
@@ -373,6 +389,8 @@ def test_a_name_that_is_no_folders_is_refused(tiny: Any, tmp_path: Path, name: s
         ({"target": "tflite"}, "target 'tflite' is unknown; known: triton, onnx, engine"),
         ({"target": "triton", "platform": "openvino"}, "platform 'openvino' is unknown"),
         ({"target": "triton", "max_batch": 0}, "max_batch is 0"),
+        ({"target": "triton", "max_batch": 2**31}, "max_batch is 2147483648; needed is 1 to 2147483647"),
+        ({"target": "triton", "max_queue_delay_us": 2**64}, "needed is 0 to 18446744073709551615"),
         ({"target": "triton", "max_queue_delay_us": -1}, "max_queue_delay_us is -1"),
         ({"target": "onnx", "engine": "ab"}, "engine: of no use to onnx"),
         ({"target": "triton", "engine": "ab"}, "engine: of no use to triton"),

@@ -263,7 +263,7 @@ class TestLayers:
     def test_no_such_name(self, bundle: Bundle) -> None:
         key = add_engine(bundle)
         for name in ("int4", "", key.fingerprint[:3], key.fingerprint[1:]):
-            with pytest.raises(UsageError, match=rf"it has: fp32, int8-rtx, {key.fingerprint}"):
+            with pytest.raises(UsageError, match=rf"which has: fp32, int8-rtx, {key.fingerprint}"):
                 list_layers(inspect_bundle(bundle), name)
 
 

@@ -235,7 +235,7 @@ class TestLayers:
     def test_an_unknown_name_is_wrong_usage(self, stored: Path, command_line: CommandLine) -> None:
         code, out, err = command_line("inspect", stored, "--layers", "int4")
         assert (code, out) == (2, "")
-        assert f"it has: fp32, fp16, mixed-rtx, {engine_of(stored)}" in err
+        assert f"which has: fp32, fp16, mixed-rtx, {engine_of(stored)}" in err
 
     def test_a_graph_that_says_nothing(self, tiny_bundle: Path, command_line: CommandLine) -> None:
         code, out, err = command_line("inspect", tiny_bundle, "--layers", "fp32")

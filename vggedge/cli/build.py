@@ -85,7 +85,7 @@ def command(
     """Build engines from BUNDLE's graphs and put them into it: for this machine, or ahead of time for others."""
     config = EngineConfig(
         batches=_read_batches(batch),
-        targets=_split(target) or (),
+        targets=_split("--target", target) or (),
         workspace_bytes=None if workspace is None else _read_size(workspace),
         optimization_level=optimization_level,
         tf32=tf32,
@@ -96,7 +96,7 @@ def command(
         raise UsageError(f"--for is {product!r}; known: {', '.join(_PRODUCTS)}.")
     bundle = Bundle.open(path)
     builder = choose_builder(_PRODUCTS[product])
-    graphs = choose_graphs(bundle, builder, _split(precision))
+    graphs = choose_graphs(bundle, builder, _split("--precision", precision))
     with output.progress(quiet=json) as advance:
         result = build_engines(path, builder, graphs, config, force=force, progress=advance)
     output.print_json(result) if json else _print_result(result)
@@ -115,8 +115,14 @@ def _print_result(result: BuildResult) -> None:
     output.print_line(f"Bundle: {result.bundle}")
 
 
-def _split(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+def _split(option: str, text: str | None) -> tuple[str, ...] | None:
+    """The parts between commas; None where the option was not given. An empty one is a script's unset variable."""
+    if text is None:
+        return None
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not parts:
+        raise UsageError(f"{option} is {text!r}; needed is at least one name. Leave the option out for all.")
+    return parts
 
 
 def _read_batches(text: str) -> tuple[int, int, int]:
@@ -129,7 +135,7 @@ def _read_batches(text: str) -> tuple[int, int, int]:
 
 def _read_size(text: str) -> int:
     """Bytes of ``512MB``, ``1.5 GB`` or ``2GiB``."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?|)b?\s*", text, re.IGNORECASE | re.ASCII)
+    found = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([kmg]i?|)b?\s*", text, re.IGNORECASE | re.ASCII)
     if found is None:
         raise UsageError(f"--workspace is {text!r}; needed is a size such as 512MB, 1.5GB or 2GiB.")
     return int(float(found[1]) * _UNITS[found[2].lower()])

@@ -39,8 +39,8 @@ def command(
         str | None,
         typer.Option(
             metavar="GRAPH|ENGINE",
-            help="The layers of a graph and of its engines; or the kernels of one engine, named by the first digits "
-            "of its fingerprint.",
+            help="The layers of a graph and of its engines; or the kernels of one engine, named by the first 4 "
+            "or more digits of its fingerprint.",
         ),
     ] = None,
     verify: Annotated[
